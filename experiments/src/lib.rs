@@ -1,0 +1,2 @@
+//! Workloads and experiments.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! experiments binary.
+fn main() {}

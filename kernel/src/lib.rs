@@ -1,0 +1,1 @@
+//! Linux calls that std, nix and the userfaultfd crate lack.

@@ -1,0 +1,5 @@
+//! What crosses a process boundary in a move, and the links it crosses.
+#![forbid(unsafe_code)]
+
+pub mod criu;
+pub mod units;

@@ -1,0 +1,2 @@
+//! source-server library.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! source-server binary.
+fn main() {}

@@ -1,0 +1,2 @@
+//! uffd-daemon library.
+#![forbid(unsafe_code)]

@@ -1,0 +1,2 @@
+//! uffd-daemon binary.
+fn main() {}
