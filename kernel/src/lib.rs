@@ -1,1 +1,21 @@
-//! Linux calls that std, nix and the userfaultfd crate lack.
+//! Linux calls that std and nix lack, and all `unsafe` code of the workspace.
+//!
+//! Nothing here decides anything: each function is one system call (or the few that belong together) with
+//! its errno turned into meaning. The memory behind a received userfaultfd belongs to another process, so
+//! installing pages there cannot break Rust's rules for our own memory and is safe over plain slices.
+//!
+//! - [`uffd`]: read events, install, zero, wake, poison, register
+//! - [`pidfd`]: hold a process, signal it, take a descriptor from it
+//! - [`fds`]: descriptors over a unix socket
+//! - [`spawn`]: what a child needs between `fork` and `exec`
+//! - [`holder`]: a process that does nothing but keep descriptors open
+//! - [`tcp`]: socket options that the standard library lacks
+//! - [`arena`]: memory that a test workload maps, moves and drops
+
+pub mod arena;
+pub mod fds;
+pub mod holder;
+pub mod pidfd;
+pub mod spawn;
+pub mod tcp;
+pub mod uffd;

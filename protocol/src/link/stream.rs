@@ -1,0 +1,307 @@
+//! Stream sockets, tuned by role.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use nix::sys::socket::{MsgFlags, SockaddrStorage, send, sendmsg};
+use socket2::{SockRef, TcpKeepalive};
+
+use super::{Endpoint, LinkError};
+use crate::wire::hello::{
+    HELLO_LEN, HELLO_REPLY_LEN, Hello, HelloError, Refusal, Role, decode_reply, encode_reply,
+};
+use crate::wire::limits;
+
+/// Send and receive buffer of a push lane: enough for a link with a few milliseconds of delay at 10 Gbit/s;
+/// the kernel's own tuning stops far below on loopback.
+const PUSH_BUFFER: usize = 4 << 20;
+
+/// A connected stream of one role.
+#[derive(Debug)]
+pub enum Stream {
+    /// TCP.
+    Tcp(TcpStream),
+    /// Unix.
+    Unix(UnixStream),
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl Stream {
+    /// Dials `endpoint` and opens or joins the session in `hello`.
+    ///
+    /// # Errors
+    /// [`LinkError`]: nobody there, no peer of ours, or refused.
+    pub fn dial(endpoint: &Endpoint, hello: &Hello) -> Result<Self, LinkError> {
+        let fail = |source| LinkError::Io { doing: "connect to", endpoint: endpoint.to_string(), source };
+        let stream = match endpoint {
+            Endpoint::Tcp(addr) => {
+                Self::Tcp(TcpStream::connect_timeout(addr, limits::HELLO_TIMEOUT).map_err(fail)?)
+            }
+            Endpoint::Unix(path) => Self::Unix(UnixStream::connect(path).map_err(fail)?),
+        };
+        stream.tune(hello.role).map_err(fail)?;
+        stream.set_timeout(Some(limits::HELLO_TIMEOUT)).map_err(fail)?;
+        stream.send_all(&hello.encode(), false).map_err(fail)?;
+        let mut reply = [0; HELLO_REPLY_LEN];
+        stream.receive_all(&mut reply).map_err(fail)?;
+        decode_reply(&reply).map_err(|source| LinkError::Hello { endpoint: endpoint.to_string(), source })?;
+        stream.set_timeout(None).map_err(fail)?;
+        Ok(stream)
+    }
+
+    /// Reads the hello of an accepted connection. The caller answers with [`Stream::answer`].
+    ///
+    /// # Errors
+    /// [`HelloError`] for a stranger; an I/O error becomes [`io::Error`].
+    pub fn read_hello(&self) -> io::Result<Result<Hello, HelloError>> {
+        self.set_timeout(Some(limits::HELLO_TIMEOUT))?;
+        let mut bytes = [0; HELLO_LEN];
+        self.receive_all(&mut bytes)?;
+        Ok(Hello::decode(&bytes))
+    }
+
+    /// Answers a hello, and tunes the socket for `role` if it was accepted.
+    ///
+    /// # Errors
+    /// The errno of the socket calls.
+    pub fn answer(&self, role: Role, verdict: Result<u16, Refusal>) -> io::Result<()> {
+        self.send_all(&encode_reply(verdict), false)?;
+        self.tune(role)?;
+        self.set_timeout(None)
+    }
+
+    /// The peer's address, for messages.
+    #[must_use]
+    pub fn peer(&self) -> String {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string()),
+            Self::Unix(_) => "unix peer".into(),
+        }
+    }
+
+    /// The same connection under a second descriptor, for a second thread.
+    ///
+    /// # Errors
+    /// The errno of `dup(2)`.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
+            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+        })
+    }
+
+    /// How long one send or receive may wait; `None` is for ever.
+    ///
+    /// # Errors
+    /// The errno of `setsockopt(2)`.
+    pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        let socket = SockRef::from(self);
+        socket.set_read_timeout(timeout)?;
+        socket.set_write_timeout(timeout)
+    }
+
+    /// Makes sends and receives return at once.
+    ///
+    /// # Errors
+    /// The errno of `fcntl(2)`.
+    pub fn set_nonblocking(&self, on: bool) -> io::Result<()> {
+        SockRef::from(self).set_nonblocking(on)
+    }
+
+    /// Ends the connection in both directions; who waits on it wakes up.
+    pub fn shutdown(&self) {
+        // An error means that it has ended already.
+        let _ = SockRef::from(self).shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Sends all of `bytes`; with `more`, the kernel may wait for what follows before it sends.
+    ///
+    /// # Errors
+    /// The errno of `send(2)`.
+    pub fn send_all(&self, bytes: &[u8], more: bool) -> io::Result<()> {
+        let mut flags = MsgFlags::MSG_NOSIGNAL;
+        if more {
+            flags |= MsgFlags::from_bits_retain(nix::libc::MSG_MORE);
+        }
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match send(self.as_fd().as_raw_fd(), rest, flags) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => rest = &rest[sent..],
+                Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends `head` and then `body` in one call where the kernel takes both.
+    ///
+    /// # Errors
+    /// The errno of `sendmsg(2)`.
+    pub fn send_both(&self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        let slices = [IoSlice::new(head), IoSlice::new(body)];
+        let sent = loop {
+            let fd = self.as_fd().as_raw_fd();
+            match sendmsg::<SockaddrStorage>(fd, &slices, &[], MsgFlags::MSG_NOSIGNAL, None) {
+                Err(nix::Error::EINTR) => {}
+                other => break other?,
+            }
+        };
+        match sent.checked_sub(head.len()) {
+            Some(of_body) => self.send_all(&body[of_body..], false),
+            None => {
+                self.send_all(&head[sent..], true)?;
+                self.send_all(body, false)
+            }
+        }
+    }
+
+    /// Sends what the kernel takes at once: the number of bytes, 0 if none.
+    ///
+    /// # Errors
+    /// The errno of `send(2)`, `EAGAIN` excepted.
+    pub fn send_some(&self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        match send(self.as_fd().as_raw_fd(), bytes, flags) {
+            Ok(sent) => Ok(sent),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(0),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Receives what is there without waiting: `None` if nothing is, `Some(0)` at the end of the stream.
+    ///
+    /// # Errors
+    /// The errno of `recv(2)`, `EAGAIN` excepted.
+    pub fn receive_some(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        let fd = self.as_fd().as_raw_fd();
+        match nix::sys::socket::recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(received) => Ok(Some(received)),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Receives at least one byte, waiting for it; 0 is the end of the stream.
+    ///
+    /// # Errors
+    /// The errno of `recv(2)`.
+    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => (&mut &*stream).read(buffer),
+            Self::Unix(stream) => (&mut &*stream).read(buffer),
+        }
+    }
+
+    /// Fills `buffer`.
+    ///
+    /// # Errors
+    /// The errno of `recv(2)`; `UnexpectedEof` if the peer closed.
+    pub fn receive_all(&self, buffer: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => (&mut &*stream).read_exact(buffer),
+            Self::Unix(stream) => (&mut &*stream).read_exact(buffer),
+        }
+    }
+
+    fn tune(&self, role: Role) -> io::Result<()> {
+        let socket = SockRef::from(self);
+        if role == Role::Push {
+            // Refused values are clamped by the kernel, not errors.
+            socket.set_send_buffer_size(PUSH_BUFFER)?;
+            socket.set_recv_buffer_size(PUSH_BUFFER)?;
+        }
+        if let Self::Tcp(stream) = self {
+            stream.set_nodelay(true)?;
+            // BBR, a common default, paces loopback and data-centre links far below their rate and adds
+            // milliseconds to single requests; cubic is built into every kernel that has not removed it.
+            let _ = socket.set_tcp_congestion(b"cubic");
+            socket.set_tcp_user_timeout(Some(limits::DEAD_LINK_AFTER))?;
+            let probe = Duration::from_secs(2);
+            socket.set_tcp_keepalive(
+                &TcpKeepalive::new().with_time(probe).with_interval(probe).with_retries(4),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl Write for &Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.send_all(bytes, false)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// Unix.
+    Unix(UnixListener),
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Listener {
+    /// Listens at `endpoint`; port 0 lets the kernel choose, [`Listener::endpoint`] tells.
+    ///
+    /// # Errors
+    /// [`LinkError::Io`].
+    pub fn bind(endpoint: &Endpoint) -> Result<Self, LinkError> {
+        let fail = |source| LinkError::Io { doing: "listen at", endpoint: endpoint.to_string(), source };
+        match endpoint {
+            Endpoint::Tcp(addr) => Ok(Self::Tcp(TcpListener::bind(addr).map_err(fail)?)),
+            Endpoint::Unix(path) => Ok(Self::Unix(UnixListener::bind(path).map_err(fail)?)),
+        }
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The errno of `getsockname(2)`.
+    pub fn endpoint(&self) -> io::Result<Endpoint> {
+        match self {
+            Self::Tcp(listener) => Ok(Endpoint::Tcp(listener.local_addr()?)),
+            Self::Unix(listener) => {
+                let addr = listener.local_addr()?;
+                Ok(Endpoint::Unix(addr.as_pathname().map(Into::into).unwrap_or_default()))
+            }
+        }
+    }
+
+    /// Waits for a connection.
+    ///
+    /// # Errors
+    /// The errno of `accept(2)`.
+    pub fn accept(&self) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(listener) => Ok(Stream::Tcp(listener.accept()?.0)),
+            Self::Unix(listener) => Ok(Stream::Unix(listener.accept()?.0)),
+        }
+    }
+}

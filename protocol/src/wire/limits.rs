@@ -1,0 +1,39 @@
+//! Every bound of the session protocol, with its reason.
+
+use std::time::Duration;
+
+/// Protocol versions this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// See [`VERSION_MIN`].
+pub const VERSION_MAX: u16 = 1;
+
+/// Largest body of a control frame: a chunk of an image file and its name fit.
+pub const CONTROL_BODY_MAX: usize = 1 << 20;
+/// Largest piece of an image file in one frame; leaves room for the name.
+pub const IMAGE_CHUNK_MAX: usize = 512 << 10;
+/// Longest image file name: `pagemap-shmem-4294967295.img` is 28.
+pub const IMAGE_NAME_MAX: usize = 255;
+/// Largest single image file: shared memory and files' private pages travel in `pages-N.img`.
+pub const IMAGE_SIZE_MAX: u64 = 64 << 30;
+/// Most image files in one move; a task has about ten, and one more per thread.
+pub const IMAGE_COUNT_MAX: u32 = 1 << 20;
+
+/// Most pages in one page-data frame (1 MiB): bounds the receiver's buffer.
+pub const PAGES_PER_FRAME_MAX: u32 = 256;
+/// Most pages one demand request may ask for.
+pub const PAGES_PER_REQUEST_MAX: u32 = 256;
+/// Most runs in one acknowledgement frame.
+pub const RUNS_PER_ACK_MAX: usize = 4096;
+
+/// Longest string in a control message: paths are at most 4096 bytes on Linux.
+pub const STRING_MAX: usize = 8192;
+/// Most entries of a list in a control message: files of a process tree with all its libraries, pids of
+/// all threads.
+pub const LIST_MAX: usize = 65_536;
+
+/// How long a peer may take for its hello: it has nothing to wait for.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a peer may stay silent in the middle of a frame.
+pub const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
+/// After this the kernel reports an unanswered connection as broken.
+pub const DEAD_LINK_AFTER: Duration = Duration::from_secs(10);

@@ -1,0 +1,28 @@
+//! Our own session protocol: frames, messages, and their bounds. Pure: no I/O, no clock.
+//!
+//! ```text
+//!   source-server (dials)                         uffd-daemon serve (listens)
+//!   control  hello ─────────────────────────────▶
+//!            Offer ─────────────────────────────▶  preflight
+//!            ◀───────────────────────────── Verdict
+//!   fault    hello ─────────────────────────────▶  lanes are up before anything is frozen
+//!   push     hello ─────────────────────────────▶
+//!   control  Image … Dumped ────────────────────▶  restore starts
+//!   fault    ◀────────────────── Demand / Pages ▶  from the hand-over on
+//!   control  ◀──────────────────────────── Prepared  tasks are restored, held before their first instruction
+//!            Commit ────────────────────────────▶  the switchover: from here the source never runs again
+//!            ◀───────────────────────────── Running
+//!   push     Pages ─────────────────────────────▶
+//!            ◀───────────────────────────────── Ack
+//!   control  ◀──────────────────────────── Complete  every page is settled and acknowledged
+//!            Released ──────────────────────────▶
+//! ```
+//!
+//! Before `Commit` either side may send `Abort`; the destination answers `RolledBack` once it is clean.
+//! Every byte is described in `docs/protocol.md`.
+
+pub mod codec;
+pub mod control;
+pub mod frame;
+pub mod hello;
+pub mod limits;
