@@ -192,10 +192,9 @@ impl Region {
         // SAFETY: without a hint, and with MAP_FIXED_NOREPLACE, mmap takes only addresses that are free.
         let reserved = unsafe { libc::mmap(hint, bytes_of(self.pages)?, libc::PROT_NONE, flags, -1, 0) };
         let target = Self { start: mapped(reserved)?, pages: self.pages, sharing: Sharing::Private };
-        if let Target::At(address) = to
-            && target.address() != address
-        {
-            return Err(io::ErrorKind::AlreadyExists.into()); // a kernel that takes the address as a mere hint
+        // A kernel without MAP_FIXED_NOREPLACE takes the address as a mere hint.
+        if matches!(to, Target::At(address) if address != target.address()) {
+            return Err(io::ErrorKind::AlreadyExists.into());
         }
         self.replace(target)
     }

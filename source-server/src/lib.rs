@@ -1,2 +1,23 @@
-//! source-server library.
+//! The source of a move: keeps dumped pages in pipes, serves faults, pushes the rest, and lets go.
+//!
+//! - [`cli`]: the command line
+//! - [`mover`]: one move, phase by phase
+//! - [`page_server`]: CRIU's page-server protocol, for stock `criu lazy-pages`
+//! - [`preflight`], [`process`]: what would move, and what stands against it
+//! - [`dump`], [`fence`], [`netlock`]: CRIU's dump, and what keeps the tasks still or lets them run again
+//! - [`store`]: where pages wait
+//! - [`ledger`], [`lanes`]: what was sent and acknowledged, and the threads that do it
 #![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod dump;
+pub mod fence;
+pub mod lanes;
+pub mod ledger;
+pub mod limits;
+pub mod mover;
+pub mod netlock;
+pub mod page_server;
+pub mod preflight;
+pub mod process;
+pub mod store;

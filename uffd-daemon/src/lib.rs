@@ -1,2 +1,29 @@
-//! uffd-daemon library.
+//! The destination of a move: receives userfaultfds from `criu restore`, resolves faults from the source,
+//! installs what is pushed, and never lets a missing page read as zero.
+//!
+//! - [`cli`]: the command line
+//! - [`serve`]: listens for moves; [`session`]: one move, phase by phase
+//! - [`lazy_pages`]: the drop-in for `criu lazy-pages`
+//! - [`preflight`], [`restore`], [`pidns`], [`handover`]: bringing the tree up, held at a barrier
+//! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
+//! - [`fault`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
+//! - [`keeper`]: what keeps tasks safe from a daemon that dies
 #![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod fault;
+pub mod handover;
+pub mod inflight;
+pub mod keeper;
+pub mod latency;
+pub mod lazy_pages;
+pub mod limits;
+pub mod pages;
+pub mod pidns;
+pub mod preflight;
+pub mod push;
+pub mod restore;
+pub mod serve;
+pub mod session;
+pub mod tree;
+pub mod upstream;

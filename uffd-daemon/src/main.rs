@@ -1,2 +1,8 @@
-//! uffd-daemon binary.
-fn main() {}
+//! The destination of a move. See `uffd-daemon --help`.
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+
+fn main() -> std::process::ExitCode {
+    uffd_daemon::cli::run(uffd_daemon::cli::Arguments::parse())
+}

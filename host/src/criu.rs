@@ -1,0 +1,237 @@
+//! CRIU: find it, start it, wait for it, quote its log.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use kernel::pidfd::PidFd;
+use protocol::criu::page_server::HeaderLayout;
+
+/// Oldest CRIU that the formats here were checked with.
+pub const OLDEST: (u32, u32) = (4, 1);
+
+/// A CRIU binary and what it says of itself.
+#[derive(Clone, Debug)]
+pub struct Criu {
+    /// The program.
+    pub path: PathBuf,
+    /// Its version, for example `4.1.1`.
+    pub version: String,
+    /// The page-server header it speaks.
+    pub layout: HeaderLayout,
+}
+
+/// No usable CRIU.
+#[derive(Debug, thiserror::Error)]
+pub enum CriuError {
+    /// Nothing found.
+    #[error("no criu found (looked at --criu, $CRIU, PATH and {prefix}); run scripts/setup or install criu 4.1 or later")]
+    Missing {
+        /// The prefix looked at.
+        prefix: String,
+    },
+    /// It does not start.
+    #[error("cannot run {path}: {source}; run scripts/setup or give --criu PATH")]
+    Start {
+        /// The program.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Too old, or an output we cannot read.
+    #[error("{path} is version {version:?}; 4.1 or later is needed: run scripts/setup or give --criu PATH")]
+    Version {
+        /// The program.
+        path: PathBuf,
+        /// What it said.
+        version: String,
+    },
+}
+
+impl Criu {
+    /// The CRIU to use: `given`, else `$CRIU`, else the one on PATH, else the prefix that `scripts/setup`
+    /// made beside this program.
+    ///
+    /// # Errors
+    /// [`CriuError`].
+    pub fn find(given: Option<&Path>) -> Result<Self, CriuError> {
+        let prefix = setup_prefix();
+        if let Some(path) = given {
+            return Self::at(path.to_owned());
+        }
+        if let Some(path) = std::env::var_os("CRIU").filter(|path| !path.is_empty()) {
+            return Self::at(path.into());
+        }
+        // One on PATH that is too old (Debian 12's) must not hide the one that setup made.
+        let on_path = find_on_path("criu").map(Self::at);
+        if let Some(Ok(criu)) = on_path {
+            return Ok(criu);
+        }
+        match prefix.iter().find(|path| path.exists()) {
+            Some(path) => Self::at(path.clone()),
+            None => on_path.unwrap_or_else(|| {
+                let prefix = prefix.first().map_or_else(String::new, |path| path.display().to_string());
+                Err(CriuError::Missing { prefix })
+            }),
+        }
+    }
+
+    fn at(path: PathBuf) -> Result<Self, CriuError> {
+        let output = Command::new(&path)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|source| CriuError::Start { path: path.clone(), source })?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let bad = |version: &str| CriuError::Version { path: path.clone(), version: version.to_owned() };
+        let version = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Version:"))
+            .map(|v| v.trim().to_owned())
+            .ok_or_else(|| bad(text.trim()))?;
+        let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+        let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+            return Err(bad(&version));
+        };
+        if (major, minor) < OLDEST {
+            return Err(bad(&version));
+        }
+        let layout = if (major, minor) >= (4, 2) { HeaderLayout::Wide } else { HeaderLayout::Compact };
+        Ok(Self { path, version, layout })
+    }
+}
+
+/// `target/criu-prefix/bin/criu` for a program in `target/PROFILE/`, and under the current directory.
+fn setup_prefix() -> Vec<PathBuf> {
+    let tail = Path::new("criu-prefix/bin/criu");
+    let mut places = Vec::new();
+    if let Ok(exe) = std::env::current_exe() {
+        places.extend(exe.ancestors().skip(2).take(2).map(|dir| dir.join(tail)));
+    }
+    places.push(Path::new("target").join(tail));
+    places
+}
+
+fn find_on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
+}
+
+/// A running CRIU, held by descriptor.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    pidfd: PidFd,
+    log: PathBuf,
+}
+
+impl AsFd for Running {
+    /// Readable once it has exited.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Running {
+    /// Starts `command`, whose CRIU log is `log`; what it prints itself goes to `log` with `.out` appended.
+    ///
+    /// # Errors
+    /// The errno of starting it.
+    pub fn start(command: &mut Command, log: PathBuf) -> io::Result<Self> {
+        let printed = File::create(log.with_extension("out"))?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(printed.try_clone()?)
+            .stderr(printed)
+            .spawn()?;
+        let pidfd = PidFd::open(child.id())?;
+        Ok(Self { child, pidfd, log })
+    }
+
+    /// Its pid.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// The errno of `waitpid(2)`.
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        self.child.wait()
+    }
+
+    /// Kills it and waits.
+    pub fn kill(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.pidfd.signal(nix::libc::SIGKILL);
+        let _ = self.child.wait();
+    }
+
+    /// What its log says about a failure.
+    #[must_use]
+    pub fn complaint(&self) -> String {
+        complaint(&self.log)
+    }
+}
+
+/// The error lines of a CRIU log (and of what CRIU printed), most telling last; a pointer if there is none.
+#[must_use]
+pub fn complaint(log: &Path) -> String {
+    const MOST: usize = 5;
+    let mut lines: Vec<String> = Vec::new();
+    for file in [log.to_owned(), log.with_extension("out")] {
+        let Ok(bytes) = std::fs::read(&file) else { continue };
+        let text = String::from_utf8_lossy(&bytes);
+        lines.extend(text.lines().filter(|line| line.contains("Error")).map(|line| line.trim().to_owned()));
+    }
+    if lines.is_empty() {
+        return format!("criu gave no reason in {}", log.display());
+    }
+    let skip = lines.len().saturating_sub(MOST);
+    lines[skip..].join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn fake(dir: &Path, says: &str) -> PathBuf {
+        let path = dir.join("criu");
+        std::fs::write(&path, format!("#!/bin/sh\nprintf '{says}'\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    #[test]
+    fn layout_follows_the_version() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = Criu::find(Some(&fake(dir.path(), "Version: 4.1.1\\nGitID: v4.1.1\\n"))).unwrap();
+        assert_eq!((old.version.as_str(), old.layout), ("4.1.1", HeaderLayout::Compact));
+        let new = Criu::find(Some(&fake(dir.path(), "Version: 4.2\\n"))).unwrap();
+        assert_eq!(new.layout, HeaderLayout::Wide);
+    }
+
+    #[test]
+    fn old_and_odd_versions_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for says in ["Version: 3.17.1\\n", "Version: x\\n", "hello\\n"] {
+            let found = Criu::find(Some(&fake(dir.path(), says)));
+            assert!(matches!(found, Err(CriuError::Version { .. })), "{says}");
+        }
+        assert!(matches!(Criu::find(Some(Path::new("/nonexistent"))), Err(CriuError::Start { .. })));
+    }
+
+    #[test]
+    fn complaints_quote_the_last_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("dump.log");
+        assert!(complaint(&log).contains("no reason"));
+        std::fs::write(&log, "(0.1) fine\n(0.2) Error (a.c:1): first\n(0.3) Error (b.c:2): last\n").unwrap();
+        assert!(complaint(&log).ends_with("last"));
+    }
+}

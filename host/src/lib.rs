@@ -1,0 +1,24 @@
+//! What both binaries do on their host.
+//!
+//! - [`criu`]: find CRIU, start it, wait for it, quote its log
+//! - [`hooks`]: commands of the operator at phase boundaries
+//! - [`report`]: the JSON report, and the text one
+//! - [`interrupt`]: Ctrl-C as something that can be waited for
+//! - [`waiting`]: wait for several descriptors with a deadline
+//! - [`facts`]: what preflight compares
+//! - [`workdir`]: the directory of one move, in memory, gone afterwards
+//! - [`logging`]: how `-v` and `--quiet` become log lines
+//! - [`mailbox`]: a channel that can be polled
+//! - [`progress`]: a line for people while it takes long
+#![forbid(unsafe_code)]
+
+pub mod criu;
+pub mod facts;
+pub mod hooks;
+pub mod interrupt;
+pub mod logging;
+pub mod mailbox;
+pub mod progress;
+pub mod report;
+pub mod waiting;
+pub mod workdir;

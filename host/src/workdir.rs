@@ -1,0 +1,52 @@
+//! The directory of one move: in memory, gone afterwards.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+/// A directory for images, logs and sockets of one move; removed when dropped.
+#[derive(Debug)]
+pub struct WorkDir(TempDir);
+
+impl WorkDir {
+    /// Makes one below `parent`, or below a memory file system if none is given: images must not wait for a
+    /// disk while the tasks are frozen.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn create(parent: Option<&Path>, prefix: &str) -> io::Result<Self> {
+        let place: PathBuf = match parent {
+            Some(dir) => {
+                std::fs::create_dir_all(dir)?;
+                dir.canonicalize()?
+            }
+            None => in_memory(),
+        };
+        let dir = tempfile::Builder::new().prefix(&format!("{prefix}-")).tempdir_in(place)?;
+        Ok(Self(dir))
+    }
+
+    /// Its path, absolute.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Keeps it on disk, for somebody to look at.
+    #[must_use]
+    pub fn keep(self) -> PathBuf {
+        self.0.keep()
+    }
+}
+
+fn in_memory() -> PathBuf {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    for dir in ["/dev/shm", "/run"] {
+        let tmpfs = nix::sys::statfs::statfs(dir).is_ok_and(|fs| fs.filesystem_type().0 == TMPFS_MAGIC);
+        if tmpfs && nix::unistd::access(dir, nix::unistd::AccessFlags::W_OK).is_ok() {
+            return dir.into();
+        }
+    }
+    std::env::temp_dir()
+}

@@ -1,0 +1,233 @@
+//! The command line: raw arguments to a checked configuration, results to exit codes.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use host::hooks::Hook;
+use protocol::criu::page_server::HeaderLayout;
+use protocol::link::{Endpoint, LinkKind};
+
+use crate::lanes::Pace;
+use crate::mover::{MoveConfig, Mover, StoreKind};
+use crate::page_server::{self, Pages};
+
+/// Exit status for wrong usage and failed preflight.
+const USAGE: u8 = 2;
+
+/// The source of a post-copy move.
+///
+/// Keeps the pages of a frozen process tree and hands them out: to `uffd-daemon serve` on another host
+/// (`move`), or to stock `criu lazy-pages` (`page-server`).
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Move a process tree to another host.
+    ///
+    /// The tree is frozen, resumes on the destination at once, and its memory follows: pages it touches
+    /// first, the rest in the background. Needs root, CRIU 4.1 or later, and `uffd-daemon serve` listening
+    /// at the other end. Options behind `--` go to `criu dump`; --tcp-established, --shell-job,
+    /// --ext-unix-sk and --file-locks reach the restore as well.
+    ///
+    /// Exit status: 0 moved and released; 1 failed and rolled back, the process runs here; 2 wrong usage or
+    /// refused by preflight, nothing was touched; 3 failed after the switchover, what to do is printed.
+    #[command(after_help = "Example:\n  source-server move --pid 4711 --to 192.0.2.7:7000 --insecure \\\n      \
+                            --hook post-dump='ip addr del 192.0.2.80/24 dev eth0' -- --tcp-established")]
+    Move(MoveArguments),
+    /// Serve pages with CRIU's page-server protocol.
+    ///
+    /// `criu lazy-pages --page-server --address A --port P` is the client. The pages come from a CRIU image
+    /// directory or from a process that stands still. Ends when a client closes the session.
+    PageServer(PageServerArguments),
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// The criu to use [default: $CRIU, then PATH, then the one scripts/setup made]
+    #[arg(long, value_name = "PATH")]
+    criu: Option<PathBuf>,
+    /// Where working directories are made [default: a memory file system]
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Only errors
+    #[arg(long, short)]
+    quiet: bool,
+    /// More detail; twice for all of it
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Args)]
+struct MoveArguments {
+    /// Root of the process tree
+    #[arg(long, value_name = "PID", required_unless_present = "runc")]
+    pid: Option<u32>,
+    /// A runc container (not in this release: use runc checkpoint --lazy-pages and uffd-daemon lazy-pages)
+    #[arg(long, value_name = "CONTAINER", conflicts_with = "pid")]
+    runc: Option<String>,
+    /// Where `uffd-daemon serve` listens: HOST:PORT, or a socket path with --link unix
+    #[arg(long, value_name = "HOST:PORT")]
+    to: String,
+    /// How pages travel: tcp or unix
+    #[arg(long, default_value = "tcp")]
+    link: LinkKind,
+    /// Rounds of copying before the freeze; 0 is pure post-copy, the only one in this release
+    #[arg(long, default_value = "0", value_name = "N")]
+    precopy_rounds: String,
+    /// Where pages wait: pipes frees them as they arrive, frozen keeps the stopped tasks until the end
+    #[arg(long, default_value = "pipes")]
+    store: StoreArgument,
+    /// How fast the background may push: bytes per second (K, M, G), unlimited, or off
+    #[arg(long, default_value = "unlimited", value_name = "RATE")]
+    push_rate: Pace,
+    /// Run COMMAND at a phase: pre-freeze, post-dump, released, rolled-back
+    #[arg(long = "hook", value_name = "PHASE=COMMAND")]
+    hooks: Vec<Hook>,
+    /// Write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Allow plain tcp to addresses other than loopback
+    #[arg(long)]
+    insecure: bool,
+    #[command(flatten)]
+    common: Common,
+    /// Passed on to criu dump
+    #[arg(last = true, value_name = "CRIU-DUMP-OPTIONS")]
+    criu_options: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum StoreArgument {
+    Pipes,
+    Frozen,
+}
+
+#[derive(Debug, Args)]
+struct PageServerArguments {
+    /// A CRIU image directory
+    #[arg(long, value_name = "DIR", conflicts_with = "pid", required_unless_present = "pid")]
+    images_dir: Option<PathBuf>,
+    /// Root of a process tree that stands still: stopped, or held by a waiting criu dump
+    #[arg(long, value_name = "PID")]
+    pid: Option<u32>,
+    /// Address to listen at
+    #[arg(long, default_value = "127.0.0.1", value_name = "A")]
+    address: String,
+    /// Port to listen at; 0 lets the kernel choose, the choice is printed
+    #[arg(long, value_name = "P")]
+    port: u16,
+    /// Header layout of the client: compact up to CRIU 4.1.1, wide from 4.2, auto looks at its first request
+    #[arg(long, default_value = "auto")]
+    criu_header: HeaderArgument,
+    /// Allow addresses other than loopback: CRIU's protocol has no protection of its own
+    #[arg(long)]
+    insecure: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum HeaderArgument {
+    Compact,
+    Wide,
+    Auto,
+}
+
+/// Runs what the command line says.
+#[must_use]
+pub fn run(arguments: Arguments) -> ExitCode {
+    match arguments.command {
+        Verb::Move(arguments) => run_move(arguments),
+        Verb::PageServer(arguments) => run_page_server(&arguments),
+    }
+}
+
+fn usage(message: &str) -> ExitCode {
+    eprintln!("source-server: {message}");
+    ExitCode::from(USAGE)
+}
+
+fn run_move(arguments: MoveArguments) -> ExitCode {
+    host::logging::start(arguments.common.verbose, arguments.common.quiet);
+    if arguments.runc.is_some() {
+        return usage(
+            "--runc is not in this release: use `runc checkpoint --lazy-pages` and `uffd-daemon lazy-pages`",
+        );
+    }
+    if arguments.precopy_rounds != "0" {
+        return usage("--precopy-rounds: this release has pure post-copy only, give 0");
+    }
+    let Some(pid) = arguments.pid else { return usage("--pid is missing") };
+    let to = match Endpoint::parse(arguments.link, &arguments.to, arguments.insecure) {
+        Ok(to) => to,
+        Err(error) => return usage(&error),
+    };
+    let config = MoveConfig {
+        pid,
+        to,
+        store: match arguments.store {
+            StoreArgument::Pipes => StoreKind::Pipes,
+            StoreArgument::Frozen => StoreKind::Frozen,
+        },
+        pace: arguments.push_rate,
+        hooks: arguments.hooks,
+        criu: arguments.common.criu,
+        work_dir: arguments.common.work_dir,
+        quiet: arguments.common.quiet,
+        criu_options: arguments.criu_options,
+    };
+    let mover = match Mover::new(config) {
+        Ok(mover) => mover,
+        Err(error) => return usage(&format!("cannot start: {error}")),
+    };
+    let (report, result) = mover.run();
+    if let Some(path) = &arguments.json {
+        if let Err(error) = report.write_json(path) {
+            eprintln!("source-server: cannot write {}: {error}", path.display());
+        }
+    }
+    match result {
+        Ok(()) => {
+            tracing::info!("{}", report.in_words());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("source-server: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+fn run_page_server(arguments: &PageServerArguments) -> ExitCode {
+    host::logging::start(arguments.common.verbose, arguments.common.quiet);
+    let address = format!("{}:{}", arguments.address, arguments.port);
+    let endpoint = match Endpoint::parse(LinkKind::Tcp, &address, arguments.insecure) {
+        Ok(endpoint) => endpoint,
+        Err(error) => return usage(&error),
+    };
+    let layout = match arguments.criu_header {
+        HeaderArgument::Compact => Some(HeaderLayout::Compact),
+        HeaderArgument::Wide => Some(HeaderLayout::Wide),
+        HeaderArgument::Auto => None,
+    };
+    let pages = match (&arguments.images_dir, arguments.pid) {
+        (Some(dir), _) => Pages::of_images(dir),
+        (None, Some(pid)) => Pages::of_process(pid),
+        (None, None) => return usage("--images-dir or --pid is missing"),
+    };
+    match pages.and_then(|pages| page_server::serve(&pages, &endpoint, layout)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("source-server: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+

@@ -1,0 +1,82 @@
+//! Demand requests in, pages out. One thread that waits for nothing but the next request.
+
+use std::sync::atomic::Ordering;
+
+use protocol::link::Stream;
+use protocol::units::{PAGE_SIZE, PageRun};
+use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, TaskRun};
+
+use super::{LaneError, Lanes};
+use crate::ledger::index_of;
+use crate::store::Scratch;
+
+/// Requests that one receive may take.
+const REQUESTS: usize = 64;
+
+/// Serves the fault lane until it ends. Every request is answered, whatever was pushed before.
+///
+/// # Errors
+/// [`LaneError`]; [`LaneError::Closed`] is how a lane ends.
+pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
+    let broken = LaneError::io("fault");
+    let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(&broken)?;
+    let mut buffer = vec![0; REQUESTS * RUN_HEADER_LEN];
+    let mut page = vec![0; PAGE_SIZE];
+    let mut filled = 0;
+    loop {
+        let got = lane.receive(&mut buffer[filled..]).map_err(&broken)?;
+        if got == 0 {
+            return Err(LaneError::Closed("fault"));
+        }
+        filled += got;
+        lanes.fault_served.store(true, Ordering::Relaxed);
+        let mut used = 0;
+        while let Some(head) = buffer[used..filled].first_chunk::<RUN_HEADER_LEN>() {
+            let frame = RunFrame::decode(head)?;
+            if frame.kind != Kind::Demand {
+                return Err(unexpected(frame.kind).into());
+            }
+            answer(lanes, lane, &mut scratch, &mut page, &frame)?;
+            used += RUN_HEADER_LEN;
+        }
+        lanes.fault_served.store(false, Ordering::Relaxed);
+        buffer.copy_within(used..filled, 0);
+        filled -= used;
+    }
+}
+
+fn unexpected(kind: Kind) -> protocol::wire::codec::CodecError {
+    protocol::wire::codec::CodecError::Meaning { field: "frame kind on this lane", value: kind as u64 }
+}
+
+fn answer(
+    lanes: &Lanes,
+    lane: &Stream,
+    scratch: &mut Scratch,
+    page: &mut Vec<u8>,
+    demand: &RunFrame,
+) -> Result<(), LaneError> {
+    let broken = LaneError::io("fault");
+    let first = index_of(&lanes.map, &demand.what)?;
+    let wanted = usize::try_from(demand.what.run.pages).unwrap_or(0);
+    page.resize(wanted.max(1) * PAGE_SIZE, 0);
+    let mut pages = 0;
+    for (i, slot) in page.chunks_exact_mut(PAGE_SIZE).take(wanted).enumerate() {
+        if !lanes.store.read(scratch, first + i as u64, slot)? {
+            break;
+        }
+        pages += 1;
+    }
+    let task = demand.what.task;
+    let Some(run) = PageRun::new(demand.what.run.start, pages) else {
+        // Acknowledged and freed: the page is there, whoever waits only has to look again.
+        let head = demand.what.frame(Kind::Settled, demand.id, 0);
+        return lane.send_all(&head, false).map_err(broken);
+    };
+    let data = &page[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
+    let head = TaskRun { task, run }.frame(Kind::Pages, demand.id, data.len());
+    lane.send_both(&head, data).map_err(broken)?;
+    lanes.ledger().sent(first, pages);
+    lanes.fault_bytes.fetch_add((head.len() + data.len()) as u64, Ordering::Relaxed);
+    Ok(())
+}

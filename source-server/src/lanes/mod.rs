@@ -1,0 +1,89 @@
+//! The source's end of a session's lanes: one thread each.
+
+mod fault;
+mod push;
+
+pub use fault::serve_faults;
+pub use push::{Pace, acknowledgements, push};
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+use protocol::lazy_map::LazyMap;
+
+use crate::ledger::{Ledger, NotLazy};
+use crate::store::{PageStore, StoreError};
+
+/// What the lanes of a move share.
+pub struct Lanes {
+    /// The lazy pages, numbered.
+    pub map: Arc<LazyMap>,
+    /// Where they wait.
+    pub store: Arc<dyn PageStore>,
+    /// What was sent and acknowledged.
+    pub ledger: Mutex<Ledger>,
+    /// A fault is being served: the push lets it pass.
+    pub fault_served: AtomicBool,
+    /// The move is over or was called off.
+    pub stop: AtomicBool,
+    /// Bytes sent as answers.
+    pub fault_bytes: AtomicU64,
+    /// Bytes pushed.
+    pub push_bytes: AtomicU64,
+}
+
+impl Lanes {
+    /// Lanes over a store.
+    #[must_use]
+    pub fn new(map: Arc<LazyMap>, store: Arc<dyn PageStore>) -> Arc<Self> {
+        let ledger = Mutex::new(Ledger::new(map.pages(), store.chunk_pages()));
+        Arc::new(Self {
+            map,
+            store,
+            ledger,
+            fault_served: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            fault_bytes: AtomicU64::new(0),
+            push_bytes: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        // Each change of the ledger is complete in itself.
+        self.ledger.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Why a lane ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The destination closed it.
+    #[error("the destination closed the {0} lane")]
+    Closed(&'static str),
+    /// It broke.
+    #[error("the {lane} lane broke: {source}")]
+    Io {
+        /// Which lane.
+        lane: &'static str,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The destination does not keep to the protocol.
+    #[error("the destination sent a malformed frame: {0}")]
+    Malformed(#[from] protocol::wire::codec::CodecError),
+    /// It speaks of pages that are not there.
+    #[error(transparent)]
+    NotLazy(#[from] NotLazy),
+    /// The pages could not be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl LaneError {
+    fn io(lane: &'static str) -> impl Fn(std::io::Error) -> Self {
+        move |source| match source.kind() {
+            std::io::ErrorKind::UnexpectedEof => Self::Closed(lane),
+            _ => Self::Io { lane, source },
+        }
+    }
+}

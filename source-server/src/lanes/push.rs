@@ -1,0 +1,147 @@
+//! Unasked pages out, acknowledgements in: a thread for each direction of a push lane.
+
+use std::str::FromStr;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use protocol::link::Stream;
+use protocol::units::pages_to_bytes;
+use protocol::wire::codec::CodecError;
+use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, decode_ack};
+
+use super::{LaneError, Lanes};
+use crate::ledger::index_of;
+use crate::limits::PUSH_FRAME_PAGES;
+use crate::store::Scratch;
+
+/// How fast the push may be; a demand is never held back by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// As fast as the link and the destination take it.
+    Unlimited,
+    /// At most so many bytes per second.
+    BytesPerSecond(u64),
+    /// Nothing is pushed: pages go when they are asked for.
+    Off,
+}
+
+impl FromStr for Pace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "unlimited" => return Ok(Self::Unlimited),
+            "off" => return Ok(Self::Off),
+            _ => {}
+        }
+        let (digits, factor) = match text.strip_suffix(['K', 'M', 'G']) {
+            Some(digits) if text.ends_with('K') => (digits, 1 << 10),
+            Some(digits) if text.ends_with('M') => (digits, 1 << 20),
+            Some(digits) => (digits, 1 << 30),
+            None => (text, 1),
+        };
+        match digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)) {
+            Some(rate) if rate > 0 => Ok(Self::BytesPerSecond(rate)),
+            _ => Err(format!("push rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off")),
+        }
+    }
+}
+
+/// Pushes every page that nobody has sent yet, chunk by chunk, once.
+///
+/// # Errors
+/// [`LaneError`].
+pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
+    if pace == Pace::Off {
+        return Ok(());
+    }
+    let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
+    let chunks = lanes.ledger().chunks();
+    let mut runs = Vec::new();
+    let mut id = 0;
+    let mut throttle = Throttle { pace, began: Instant::now(), sent: 0 };
+    for chunk in 0..chunks {
+        if lanes.stop.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        while lanes.fault_served.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+        lanes.ledger().take_unsent(&lanes.map, chunk, PUSH_FRAME_PAGES, &mut runs);
+        if runs.is_empty() {
+            continue;
+        }
+        lanes.store.send(&mut scratch, &runs, id, lane)?;
+        id += runs.len() as u64;
+        let pages: u64 = runs.iter().map(|run| run.what.run.pages).sum();
+        let bytes = pages_to_bytes(pages) + (runs.len() * RUN_HEADER_LEN) as u64;
+        lanes.push_bytes.fetch_add(bytes, Ordering::Relaxed);
+        throttle.spent(bytes, &lanes.stop);
+    }
+    Ok(())
+}
+
+struct Throttle {
+    pace: Pace,
+    began: Instant,
+    sent: u64,
+}
+
+impl Throttle {
+    fn spent(&mut self, bytes: u64, stop: &std::sync::atomic::AtomicBool) {
+        const NAP: Duration = Duration::from_millis(50);
+        let Pace::BytesPerSecond(rate) = self.pace else { return };
+        self.sent += bytes;
+        #[allow(clippy::cast_precision_loss)] // a rate need not be exact
+        let due = Duration::from_secs_f64(self.sent as f64 / rate as f64);
+        while !stop.load(Ordering::Relaxed) {
+            match due.checked_sub(self.began.elapsed()) {
+                // Naps are short so that a stop is noticed.
+                Some(early) if !early.is_zero() => std::thread::sleep(early.min(NAP)),
+                _ => return,
+            }
+        }
+    }
+}
+
+/// Takes acknowledgements in and frees complete chunks until every page is acknowledged.
+///
+/// # Errors
+/// [`LaneError`].
+pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
+    let broken = LaneError::io("push");
+    let mut head = [0; HEADER_LEN];
+    let mut body = Vec::new();
+    while lanes.ledger().missing() > 0 {
+        lane.receive_all(&mut head).map_err(&broken)?;
+        let header = Header::decode(&head)?;
+        if header.kind != Kind::Ack {
+            let error = CodecError::Meaning { field: "frame kind on this lane", value: header.kind as u64 };
+            return Err(error.into());
+        }
+        body.resize(header.body_len, 0);
+        lane.receive_all(&mut body).map_err(&broken)?;
+        for what in decode_ack(&body)? {
+            let first = index_of(&lanes.map, &what)?;
+            let complete = lanes.ledger().acknowledge(first, what.run.pages);
+            complete.into_iter().for_each(|chunk| lanes.store.free(chunk));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paces() {
+        assert_eq!("unlimited".parse(), Ok(Pace::Unlimited));
+        assert_eq!("off".parse(), Ok(Pace::Off));
+        assert_eq!("1000".parse(), Ok(Pace::BytesPerSecond(1000)));
+        assert_eq!("64M".parse(), Ok(Pace::BytesPerSecond(64 << 20)));
+        for bad in ["", "0", "fast", "-1", "99999999999999999999", "18446744073709551615G"] {
+            assert!(bad.parse::<Pace>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! Every bound of the source, with its reason.
+
+use std::time::Duration;
+
+/// What `fs.pipe-max-size` must allow: CRIU 4.1 and 4.2 put up to 1024 pages into one pipe and, refused,
+/// go on with a pipe that fails every request ("splice: Bad file descriptor").
+pub const PIPE_MAX_SIZE: u64 = 4 << 20;
+/// Bytes of memory per pipe that CRIU fills, two descriptors each.
+pub const CRIU_BYTES_PER_PIPE: u64 = 4 << 20;
+/// Pipe sizes to choose from, in pages: a fault in the middle of a pipe costs time in proportion to it, a
+/// small one costs a descriptor more often.
+pub const PIPE_PAGES: [u64; 3] = [64, 256, 1024];
+/// Descriptors left for everything that is not a pipe of pages.
+pub const SPARE_DESCRIPTORS: u64 = 512;
+/// Pages in one pushed frame: a small one leaves room for a fault sooner, a large one costs fewer calls.
+pub const PUSH_FRAME_PAGES: u64 = 64;
+/// How long a dump may take until its page server is ready.
+pub const DUMP_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long the destination may take to answer the offer.
+pub const VERDICT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the destination may take from the last image to being prepared.
+pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long the destination may take from the commit to running tasks.
+pub const RUNNING_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the destination may take to clean up after a roll-back.
+pub const ROLLED_BACK_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long CRIU may take to end after it was told to.
+pub const CRIU_CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long acknowledgements may lag behind the destination's word that everything is settled.
+pub const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long killed tasks may take to disappear; freeing many GiB takes a while.
+pub const KILL_TIMEOUT: Duration = Duration::from_secs(60);

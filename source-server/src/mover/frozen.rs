@@ -1,0 +1,349 @@
+//! From the freeze to the switchover. Everything here can be undone.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use host::criu::Criu;
+use host::hooks::HookPhase;
+use host::mailbox::{Mailbox, Post, mailbox};
+use host::workdir::WorkDir;
+use protocol::criu::checkpoint::Checkpoint;
+use protocol::lazy_map::LazyMap;
+use protocol::link::ControlError;
+use protocol::wire::control::{Control, Dumped};
+
+use super::session::{Next, Session};
+use super::{Mover, StoreKind};
+use crate::dump::{Dump, DumpError};
+use crate::fence::{self, Fence};
+use crate::lanes::{LaneError, Lanes, serve_faults};
+use crate::limits;
+use crate::netlock::NetworkLock;
+use crate::process::ProcessTree;
+use crate::store::{FrozenStore, PageStore, PipeStore, StoreError, TaskMemory};
+
+/// What the threads of a move tell its main one.
+#[derive(Debug)]
+pub(super) enum Notice {
+    /// The drain is over.
+    Drained(Result<(), StoreError>),
+    /// A lane ended.
+    Lane(Result<(), LaneError>),
+    /// Every page was acknowledged.
+    AllAcknowledged,
+}
+
+/// Tasks that stand still behind a fence, with their pages at hand.
+pub(super) struct Frozen<'a> {
+    pub(super) tree: &'a ProcessTree,
+    pub(super) network: &'a NetworkLock,
+    pub(super) dump: Dump,
+    pub(super) fence: Fence,
+    pub(super) map: Arc<LazyMap>,
+    pub(super) lanes: Arc<Lanes>,
+    pub(super) pipes: Option<Arc<PipeStore>>,
+    pub(super) drain: Option<JoinHandle<()>>,
+    pub(super) post: Post<Notice>,
+    pub(super) notices: Mailbox<Notice>,
+    pub(super) frozen_at: Instant,
+    pub(super) drained: bool,
+    /// Gone with the move; holds images and CRIU's log.
+    _dir: WorkDir,
+}
+
+/// Why the switchover was not reached, or not survived.
+pub(super) struct Why {
+    pub(super) reason: String,
+    /// The commit was sent: the destination may be running.
+    pub(super) committed: bool,
+}
+
+impl From<String> for Why {
+    fn from(reason: String) -> Self {
+        Self { reason, committed: false }
+    }
+}
+
+impl<'a> Frozen<'a> {
+    /// Freezes and dumps. On an error CRIU has let the tasks run again.
+    pub(super) fn dump(
+        mover: &mut Mover,
+        tree: &'a ProcessTree,
+        criu: &Criu,
+        network: &'a NetworkLock,
+    ) -> Result<Self, String> {
+        let dir = WorkDir::create(mover.config.work_dir.as_deref(), "postcopy-source")
+            .map_err(|error| format!("cannot make a working directory: {error}"))?;
+        mover.recorder.phase("freeze");
+        let mut dump = Dump::start(criu, mover.config.pid, dir.path(), &mover.config.criu_options)
+            .map_err(|error| error.to_string())?;
+        let ready = dump.wait_ready(tree.root().pid, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT);
+        let frozen_at = ready.map_err(|error| tree_runs(tree, error))?;
+        mover.recorder.phase_at("dump", frozen_at);
+        match Self::behind_fence(mover, tree, criu, &dump) {
+            Ok((fence, map, lanes, pipes)) => {
+                let (post, notices) = mailbox().map_err(|error| error.to_string())?;
+                let mut frozen = Self {
+                    tree,
+                    network,
+                    dump,
+                    fence,
+                    map,
+                    lanes,
+                    pipes,
+                    drain: None,
+                    post,
+                    notices,
+                    frozen_at,
+                    drained: true,
+                    _dir: dir,
+                };
+                frozen.start_drain(criu);
+                Ok(frozen)
+            }
+            Err(reason) => {
+                dump.kill();
+                let failed = network.unlock();
+                let _ = network.end_repair(tree);
+                resume(tree);
+                if !failed.is_empty() {
+                    tracing::error!(?failed, "network rules of criu could not be removed");
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn behind_fence(
+        mover: &Mover,
+        tree: &ProcessTree,
+        _criu: &Criu,
+        dump: &Dump,
+    ) -> Result<(Fence, Arc<LazyMap>, Arc<Lanes>, Option<Arc<PipeStore>>), String> {
+        let fence = Fence::raise(tree).map_err(|error| error.to_string())?;
+        let prepared = (|| {
+            // Tasks that were forked between preflight and freeze are in the images but not in `tree`.
+            let now = ProcessTree::of(tree.root().pid).map_err(|error| error.to_string())?;
+            if now.tasks.len() != tree.tasks.len() {
+                return Err(String::from("the tree changed before it was frozen; try again"));
+            }
+            let checkpoint = Checkpoint::open(&dump.images).map_err(|error| error.to_string())?;
+            let live = checkpoint.tasks.iter().filter(|task| task.alive);
+            let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
+            let map = Arc::new(map.map_err(|error| error.to_string())?);
+            let hosts = tree.tasks.iter().map(|task| (task.id, task.pid));
+            let memory = TaskMemory::open(hosts)
+                .map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
+            let memory = Arc::new(memory);
+            if let Some(task) = map.tasks().iter().find(|task| !memory.has(task.id)) {
+                return Err(format!("task {} is in the images but not in the tree", task.id));
+            }
+            let (store, pipes): (Arc<dyn PageStore>, _) = match mover.config.store {
+                StoreKind::Frozen => (Arc::new(FrozenStore::new(map.clone(), memory)), None),
+                StoreKind::Pipes => {
+                    let pipes = PipeStore::new(map.clone(), memory, descriptors_for_pipes());
+                    let pipes = Arc::new(pipes.map_err(|error| error.to_string())?);
+                    (pipes.clone(), Some(pipes))
+                }
+            };
+            let lanes = Lanes::new(map.clone(), store);
+            Ok((map, lanes, pipes))
+        })();
+        match prepared {
+            Ok((map, lanes, pipes)) => Ok((fence, map, lanes, pipes)),
+            Err(reason) => {
+                if let Err(error) = fence.lower(tree) {
+                    tracing::error!("{error}");
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    fn start_drain(&mut self, criu: &Criu) {
+        let Some(pipes) = self.pipes.clone() else { return };
+        let Ok(server) = self.dump.server.try_clone() else { return };
+        let (post, layout) = (self.post.clone(), criu.layout);
+        self.drained = false;
+        self.drain = Some(std::thread::spawn(move || {
+            let result = pipes.drain(&server, layout);
+            if result.is_err() {
+                pipes.give_up();
+            }
+            post.send(Notice::Drained(result));
+        }));
+    }
+
+    /// Ships the images, waits for the restore, and commits. Returns when the destination runs.
+    pub(super) fn reach_commit(&self, mover: &mut Mover, session: &Session) -> Result<Running, Why> {
+        mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
+        mover.recorder.phase("ship");
+        let lost = |error: ControlError| format!("lost the destination: {error}");
+        let (images, bytes) = session.ship(&self.dump.images).map_err(lost)?;
+        let frozen_us = u64::try_from(self.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages() };
+        let more = session.control.send(&Control::Dumped(dumped)).map_err(lost)?;
+        mover.recorder.report().bytes.control += bytes + more;
+        mover.recorder.phase("restore");
+        let fault_lane = self.serve_faults(session)?;
+        let mut running = Running { at: Instant::now(), drained: self.drained, fault_lane };
+        self.wait_prepared(mover, session, &mut running)?;
+        if !fence::stands(self.tree) {
+            return Err("a task of the source moves although it was stopped".to_owned().into());
+        }
+        // The switchover: nothing behind this line resumes the source.
+        if let Err(error) = session.control.send(&Control::Commit) {
+            return Err(Why { reason: lost(error), committed: true });
+        }
+        self.wait_running(mover, session, &mut running)?;
+        Ok(running)
+    }
+
+    fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
+        let lanes = self.lanes.clone();
+        let post = self.post.clone();
+        let stream = clone_stream(&session.fault)?;
+        Ok(std::thread::spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream)))))
+    }
+
+    fn wait_prepared(
+        &self,
+        mover: &mut Mover,
+        session: &Session,
+        running: &mut Running,
+    ) -> Result<(), Why> {
+        let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let next = session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left);
+            match next.map_err(|error| format!("lost the destination: {error}"))? {
+                Next::Message(Control::Prepared) => return Ok(()),
+                Next::Message(Control::Abort(reason)) => return Err(format!("destination: {reason}").into()),
+                Next::Message(other) => {
+                    return Err(other.out_of_order("prepared").to_string().into());
+                }
+                Next::Other(0) => self.take_notices(running)?,
+                Next::Other(_) => return Err("interrupted".to_owned().into()),
+                Next::TimedOut => {
+                    return Err(format!("restore took longer than {:?}", limits::RESTORE_TIMEOUT).into());
+                }
+            }
+        }
+    }
+
+    fn take_notices(&self, running: &mut Running) -> Result<(), Why> {
+        for notice in self.notices.empty() {
+            match notice {
+                Notice::Drained(Ok(())) => running.drained = true,
+                Notice::Drained(Err(error)) => return Err(self.with_complaint(&error).into()),
+                Notice::Lane(Ok(())) | Notice::AllAcknowledged => {}
+                Notice::Lane(Err(error)) => return Err(error.to_string().into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// A failed drain is often CRIU's end: then its log says why.
+    fn with_complaint(&self, error: &StoreError) -> String {
+        let ended = host::waiting::readable_within(self.dump.ended_fd(), Duration::from_millis(100));
+        if matches!(ended, Ok(true)) {
+            return format!("criu ended while it was needed: {} ({error})", self.dump.complaint());
+        }
+        error.to_string()
+    }
+
+    fn wait_running(&self, mover: &Mover, session: &Session, running: &mut Running) -> Result<(), Why> {
+        let committed = |reason: String| Why { reason, committed: true };
+        let deadline = Instant::now() + limits::RUNNING_TIMEOUT;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let next = session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left);
+            match next.map_err(|error| committed(format!("lost the destination: {error}")))? {
+                Next::Message(Control::Running) => {
+                    running.at = Instant::now();
+                    return Ok(());
+                }
+                Next::Message(Control::Abort(reason)) => {
+                    return Err(committed(format!("the destination failed after the switchover: {reason}")));
+                }
+                Next::Message(other) => {
+                    return Err(committed(other.out_of_order("running").to_string()));
+                }
+                Next::Other(0) => {
+                    self.take_notices(running).map_err(|why| committed(why.reason))?;
+                }
+                Next::Other(_) => {
+                    if mover.interrupt.take() {
+                        tracing::warn!("past the switchover: the move goes on");
+                    }
+                }
+                Next::TimedOut => {
+                    let limit = limits::RUNNING_TIMEOUT;
+                    return Err(committed(format!("the destination did not run within {limit:?}")));
+                }
+            }
+        }
+    }
+
+    /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
+    /// unlocked, the fence comes down.
+    pub(super) fn roll_back(mut self) -> Result<(), String> {
+        self.lanes.stop.store(true, Ordering::Relaxed);
+        if let Some(pipes) = &self.pipes {
+            pipes.give_up();
+        }
+        if let Some(drain) = self.drain.take() {
+            let _ = drain.join();
+        }
+        let mut failed = Vec::new();
+        if let Err(error) = self.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
+            // Killed: the tasks are behind the fence all the same.
+            tracing::debug!("{error}");
+        }
+        let sockets = self.network.end_repair(self.tree);
+        let rules = self.network.unlock();
+        if !rules.is_empty() {
+            failed.push(format!("rules of criu's network lock are left: {}", rules.join("; ")));
+        }
+        if let Err(error) = self.fence.lower(self.tree) {
+            failed.push(format!("{error}: continue it with kill -CONT"));
+        }
+        tracing::info!(sockets, "rolled back: the source runs on");
+        if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+    }
+}
+
+/// The destination runs.
+pub(super) struct Running {
+    /// Since when, as far as can be told from here.
+    pub(super) at: Instant,
+    /// Whether the pages are in the store.
+    pub(super) drained: bool,
+    /// The thread that serves faults.
+    pub(super) fault_lane: JoinHandle<()>,
+}
+
+fn clone_stream(stream: &protocol::link::Stream) -> Result<protocol::link::Stream, String> {
+    stream.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))
+}
+
+fn descriptors_for_pipes() -> u64 {
+    let limit = host::facts::raise_open_files_limit();
+    limit.saturating_sub(limits::SPARE_DESCRIPTORS)
+}
+
+/// Continues tasks that a fence may have left stopped.
+fn resume(tree: &ProcessTree) {
+    for task in tree.tasks.iter().filter(|task| !task.was_stopped) {
+        let _ = task.handle.signal(nix::libc::SIGCONT);
+    }
+}
+
+fn tree_runs(tree: &ProcessTree, error: DumpError) -> String {
+    resume(tree);
+    error.to_string()
+}

@@ -1,0 +1,235 @@
+//! One move, source's side, phase by phase.
+//!
+//! ```text
+//!   preflight ─▶ connect ─▶ freeze, dump ─▶ ship ─▶ (restore) ─▶ Commit ═▶ push ─▶ release
+//!        │            │           │           │           │         ║
+//!        └────────────┴───────────┴───────────┴───────────┘         ║ the switchover
+//!                     roll back: the tasks run on here              ║ never back from here: paused
+//! ```
+//!
+//! - [`Session`]: the three connections to the destination, opened before anything is frozen
+//! - [`Frozen`]: tasks that stand still behind a fence; dropped without a word it rolls back
+//! - [`Committed`]: the destination runs; the tasks here are killed once their pages are in the store
+
+mod committed;
+mod frozen;
+mod session;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use host::criu::Criu;
+use host::hooks::{Hook, HookPhase, Hooks};
+use host::interrupt::Interrupt;
+use host::progress::Progress;
+use host::report::{Outcome, Recorder, Report, TaskReport};
+use protocol::link::{Endpoint, LinkError};
+use protocol::wire::control::Problem;
+use protocol::wire::hello::{SessionId, SessionSecret};
+
+use crate::lanes::Pace;
+use crate::preflight;
+use crate::process::ProcessTree;
+
+use committed::Committed;
+use frozen::Frozen;
+use session::Session;
+
+/// Where pages wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StoreKind {
+    /// In pipes of ours; the tasks are killed as soon as the destination runs.
+    #[default]
+    Pipes,
+    /// In the frozen tasks, until the end.
+    Frozen,
+}
+
+/// What to move, where to, and how.
+#[derive(Debug)]
+pub struct MoveConfig {
+    /// Root of the tree.
+    pub pid: u32,
+    /// Where `uffd-daemon serve` listens.
+    pub to: Endpoint,
+    /// Where pages wait.
+    pub store: StoreKind,
+    /// How fast the push may be.
+    pub pace: Pace,
+    /// The operator's hooks.
+    pub hooks: Vec<Hook>,
+    /// CRIU.
+    pub criu: Option<PathBuf>,
+    /// Where working directories are made.
+    pub work_dir: Option<PathBuf>,
+    /// No progress.
+    pub quiet: bool,
+    /// Passed on to `criu dump`.
+    pub criu_options: Vec<OsString>,
+}
+
+/// Why a move did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum MoveError {
+    /// It cannot be done; nothing was touched.
+    #[error("{}", problem_list(.0))]
+    Preflight(Vec<Problem>),
+    /// It was called off before the switchover; the tasks run on here.
+    #[error("{0}")]
+    RolledBack(String),
+    /// It broke after the switchover; the tasks wait at the destination.
+    #[error("{0}")]
+    Paused(String),
+}
+
+impl MoveError {
+    /// The exit status for it.
+    #[must_use]
+    pub const fn exit_status(&self) -> u8 {
+        match self {
+            Self::Preflight(_) => 2,
+            Self::RolledBack(_) => Outcome::RolledBack.exit_status(),
+            Self::Paused(_) => Outcome::Paused.exit_status(),
+        }
+    }
+
+    fn problem(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::Preflight(vec![host::facts::problem(what, remedy)])
+    }
+}
+
+fn problem_list(problems: &[Problem]) -> String {
+    let lines: Vec<String> = problems.iter().map(|problem| format!("  {problem}")).collect();
+    format!("this move cannot be done:\n{}", lines.join("\n"))
+}
+
+/// A move and everything it has come by.
+pub struct Mover {
+    config: MoveConfig,
+    hooks: Hooks,
+    interrupt: Interrupt,
+    recorder: Recorder,
+    progress: Progress,
+    id: SessionId,
+    secret: SessionSecret,
+}
+
+impl Mover {
+    /// A move that has not begun. Takes over the process's signals.
+    ///
+    /// # Errors
+    /// The errno of the system calls.
+    pub fn new(mut config: MoveConfig) -> std::io::Result<Self> {
+        let (id, secret) = (SessionId(random()?), SessionSecret(random()?));
+        let mut hooks = Hooks::new(std::mem::take(&mut config.hooks));
+        hooks.tell("POSTCOPY_ROLE", "source");
+        hooks.tell("POSTCOPY_SESSION", id);
+        hooks.tell("POSTCOPY_PID", config.pid);
+        Ok(Self {
+            hooks,
+            interrupt: Interrupt::install()?,
+            recorder: Recorder::new(id.to_string(), "source"),
+            progress: Progress::new(config.quiet),
+            id,
+            secret,
+            config,
+        })
+    }
+
+    /// Moves, and reports in any case.
+    pub fn run(mut self) -> (Report, Result<(), MoveError>) {
+        let result = self.phases();
+        self.progress.clear();
+        let outcome = match &result {
+            Ok(()) => Outcome::Released,
+            Err(MoveError::Preflight(_) | MoveError::RolledBack(_)) => Outcome::RolledBack,
+            Err(MoveError::Paused(_)) => Outcome::Paused,
+        };
+        let error = result.as_ref().err().map(ToString::to_string);
+        (self.recorder.finish(outcome, error), result)
+    }
+
+    fn phases(&mut self) -> Result<(), MoveError> {
+        self.recorder.phase("preflight");
+        let (tree, criu, network) = self.preflight()?;
+        let session = Session::open(self, &tree, &criu)?;
+        if let Err(error) = self.hooks.run(HookPhase::PreFreeze) {
+            session.abort(&error.to_string());
+            self.rolled_back_hook();
+            return Err(MoveError::RolledBack(error.to_string()));
+        }
+        let frozen = match Frozen::dump(self, &tree, &criu, &network) {
+            Ok(frozen) => frozen,
+            Err(error) => {
+                // CRIU has let the tasks run again.
+                session.abort(&error.to_string());
+                self.rolled_back_hook();
+                return Err(MoveError::RolledBack(error.to_string()));
+            }
+        };
+        self.recorder.report().tasks = frozen
+            .map
+            .tasks()
+            .iter()
+            .map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages })
+            .collect();
+        match frozen.reach_commit(self, &session) {
+            Ok(running) => Committed::new(frozen, session, running).finish(self),
+            Err(why) if why.committed => Err(Committed::hold(frozen, &session, &why.reason)),
+            Err(why) => {
+                let kept = session.abort(&why.reason);
+                self.rolled_back_hook();
+                let mut reason = why.reason;
+                if let Some(kept) = kept {
+                    reason.push_str(&kept);
+                }
+                match frozen.roll_back() {
+                    Ok(()) => Err(MoveError::RolledBack(reason)),
+                    Err(also) => Err(MoveError::RolledBack(format!("{reason}; and {also}"))),
+                }
+            }
+        }
+    }
+
+    fn preflight(&self) -> Result<(ProcessTree, Criu, crate::netlock::NetworkLock), MoveError> {
+        let pid = self.config.pid;
+        let unknown = |error: std::io::Error| {
+            let remedy = "give the pid of a running process that this user may see";
+            MoveError::problem(format!("no process {pid} ({error})"), remedy)
+        };
+        let tree = ProcessTree::of(pid).map_err(unknown)?;
+        let network = crate::netlock::NetworkLock::of(&tree).map_err(unknown)?;
+        let mut problems = preflight::problems(&tree);
+        let criu = Criu::find(self.config.criu.as_deref());
+        if let Err(error) = &criu {
+            problems.push(host::facts::problem("no usable criu", error.to_string()));
+        }
+        match criu {
+            Ok(criu) if problems.is_empty() => Ok((tree, criu, network)),
+            _ => Err(MoveError::Preflight(problems)),
+        }
+    }
+
+    /// The roll-back goes on whatever its hook says.
+    fn rolled_back_hook(&self) {
+        if let Err(error) = self.hooks.run(HookPhase::RolledBack) {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+impl From<LinkError> for MoveError {
+    fn from(error: LinkError) -> Self {
+        let remedy = match &error {
+            LinkError::Io { .. } => "start `uffd-daemon serve` there and check address, port and firewall",
+            LinkError::Hello { .. } => "check that `uffd-daemon serve` of the same release listens there",
+        };
+        Self::problem(error.to_string(), remedy)
+    }
+}
+
+fn random<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,140 @@
+//! The connections of a move, all dialled before anything is frozen.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use host::criu::Criu;
+use host::waiting;
+use protocol::link::{ControlChannel, ControlError, Stream};
+use protocol::wire::control::{Control, ImageChunk};
+use protocol::wire::hello::{Hello, Role};
+use protocol::wire::limits::IMAGE_CHUNK_MAX;
+
+use super::{MoveError, Mover};
+use crate::limits;
+use crate::preflight;
+use crate::process::ProcessTree;
+
+/// The connections of a move.
+pub(super) struct Session {
+    pub(super) control: ControlChannel,
+    pub(super) fault: Stream,
+    pub(super) push: Stream,
+}
+
+impl Session {
+    /// Offers the tree to the destination and, accepted, opens the lanes.
+    pub(super) fn open(mover: &mut Mover, tree: &ProcessTree, criu: &Criu) -> Result<Self, MoveError> {
+        let dial = |role| Stream::dial(&mover.config.to, &Hello::new(role, 0, mover.id, mover.secret));
+        let broken = |error: ControlError| {
+            let remedy = "look at the destination's output, then try again";
+            MoveError::problem(format!("the destination did not answer the offer: {error}"), remedy)
+        };
+        let control = ControlChannel::new(dial(Role::Control)?).map_err(|e| broken(e.into()))?;
+        let offer = preflight::offer(tree, criu, &mover.config.criu_options);
+        let bytes = control.send(&Control::Offer(offer)).map_err(broken)?;
+        mover.recorder.report().bytes.control += bytes;
+        let deadline = Some(Instant::now() + limits::VERDICT_TIMEOUT);
+        let fds = [control.as_fd(), mover.interrupt.as_fd()];
+        let [answered, interrupted] =
+            waiting::readable(fds, deadline).map_err(|error| broken(error.into()))?;
+        if interrupted {
+            return Err(MoveError::RolledBack("interrupted".into()));
+        }
+        if !answered {
+            return Err(MoveError::problem(
+                format!("the destination was silent for {:?}", limits::VERDICT_TIMEOUT),
+                "look at the destination's output",
+            ));
+        }
+        match control.receive().map_err(broken)? {
+            Control::Verdict(problems) if problems.is_empty() => {}
+            Control::Verdict(mut problems) => {
+                for problem in &mut problems {
+                    problem.what.insert_str(0, "destination: ");
+                }
+                return Err(MoveError::Preflight(problems));
+            }
+            other => return Err(broken(other.out_of_order("a verdict"))),
+        }
+        let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
+        Ok(Self { control, fault, push })
+    }
+
+    /// Sends every image file; returns their number and the bytes sent.
+    pub(super) fn ship(&self, images: &Path) -> Result<(u32, u64), ControlError> {
+        let (mut count, mut sent) = (0, 0);
+        let mut buffer = vec![0; IMAGE_CHUNK_MAX];
+        for entry in fs::read_dir(images)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let mut file = File::open(entry.path())?;
+            let size = file.metadata()?.len();
+            let mut offset = 0;
+            loop {
+                let got = file.read(&mut buffer)?;
+                let data = buffer[..got].to_vec();
+                let chunk = ImageChunk { name: name.clone(), size, offset, data };
+                sent += self.control.send(&Control::Image(chunk))?;
+                offset += got as u64;
+                if offset >= size {
+                    break;
+                }
+            }
+            count += 1;
+        }
+        Ok((count, sent))
+    }
+
+    /// Calls the move off and waits until the destination is clean. Returns what is left to say.
+    pub(super) fn abort(&self, reason: &str) -> Option<String> {
+        let unsure = |why: &str| {
+            Some(format!("; the destination did not confirm that it is clean ({why}): look at it"))
+        };
+        if self.control.send(&Control::Abort(reason.to_owned())).is_err() {
+            return unsure("connection lost");
+        }
+        let deadline = Instant::now() + limits::ROLLED_BACK_TIMEOUT;
+        loop {
+            match waiting::readable([self.control.as_fd()], Some(deadline)) {
+                Ok([true]) => {}
+                _ => return unsure("no answer"),
+            }
+            match self.control.receive() {
+                Ok(Control::RolledBack) => return None,
+                // What was under way before it heard of it.
+                Ok(_) => {}
+                Err(_) => return unsure("connection lost"),
+            }
+        }
+    }
+
+    /// Waits for the destination's next message, until `limit` has passed or one of `others` is readable.
+    pub(super) fn next(
+        &self,
+        others: [BorrowedFd<'_>; 2],
+        limit: Duration,
+    ) -> Result<Next, ControlError> {
+        let fds = [self.control.as_fd(), others[0], others[1]];
+        let [message, first, second] = waiting::readable(fds, Some(Instant::now() + limit))?;
+        Ok(match (first, second, message) {
+            (true, _, _) => Next::Other(0),
+            (_, true, _) => Next::Other(1),
+            (_, _, true) => Next::Message(self.control.receive()?),
+            _ => Next::TimedOut,
+        })
+    }
+}
+
+/// What came first.
+pub(super) enum Next {
+    /// A message.
+    Message(Control),
+    /// One of the other descriptors.
+    Other(usize),
+    /// Nothing.
+    TimedOut,
+}

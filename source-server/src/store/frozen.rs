@@ -1,0 +1,75 @@
+//! Pages stay in the frozen tasks: served from the first millisecond, freed all at once at the end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use protocol::lazy_map::LazyMap;
+use protocol::link::Stream;
+use protocol::units::{PAGE_SIZE, pages_to_bytes};
+use protocol::wire::frame::Kind;
+
+use super::{PageStore, Scratch, StoreError, TaskMemory};
+use crate::ledger::IndexedTaskRun;
+use crate::limits::PUSH_FRAME_PAGES;
+
+/// Reads the frozen tasks.
+#[derive(Debug)]
+pub struct FrozenStore {
+    map: Arc<LazyMap>,
+    memory: Arc<TaskMemory>,
+    held_pages: AtomicU64,
+}
+
+impl FrozenStore {
+    /// A store over `memory`.
+    #[must_use]
+    pub fn new(map: Arc<LazyMap>, memory: Arc<TaskMemory>) -> Self {
+        let held_pages = AtomicU64::new(map.pages());
+        Self { map, memory, held_pages }
+    }
+}
+
+impl PageStore for FrozenStore {
+    fn chunk_pages(&self) -> u64 {
+        PUSH_FRAME_PAGES
+    }
+
+    fn read(&self, _: &mut Scratch, index: u64, page: &mut [u8]) -> Result<bool, StoreError> {
+        let Some((task, addr, _)) = self.map.locate(index) else { return Ok(false) };
+        self.memory.read(task, addr, page)?;
+        Ok(true)
+    }
+
+    fn send(
+        &self,
+        _: &mut Scratch,
+        runs: &[IndexedTaskRun],
+        id: u64,
+        link: &Stream,
+    ) -> Result<bool, StoreError> {
+        let mut buffer = Vec::new();
+        for (run, id) in runs.iter().zip(id..) {
+            let IndexedTaskRun { what, .. } = run;
+            let bytes = usize::try_from(pages_to_bytes(what.run.pages)).unwrap_or(0);
+            buffer.resize(bytes, 0);
+            let mut filled = 0;
+            while filled < bytes {
+                let at = what.run.start.add((filled / PAGE_SIZE) as u64);
+                filled += self.memory.read(what.task, at, &mut buffer[filled..])?;
+            }
+            let head = what.frame(Kind::Pages, id, bytes);
+            link.send_both(&head, &buffer).map_err(StoreError::io("push pages"))?;
+        }
+        Ok(true)
+    }
+
+    fn free(&self, chunk: u64) {
+        let first = chunk * PUSH_FRAME_PAGES;
+        let pages = (self.map.pages().saturating_sub(first)).min(PUSH_FRAME_PAGES);
+        self.held_pages.fetch_sub(pages, Ordering::Relaxed);
+    }
+
+    fn held_bytes(&self) -> u64 {
+        pages_to_bytes(self.held_pages.load(Ordering::Relaxed))
+    }
+}

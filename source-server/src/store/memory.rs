@@ -1,0 +1,55 @@
+//! The memory of stopped tasks.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use protocol::units::{ImageAddr, PAGE_SIZE, TaskId};
+
+use super::StoreError;
+
+/// Reads the memory of stopped tasks through `/proc/PID/mem`, which also reads `PROT_NONE` pages
+/// (`process_vm_readv` does not).
+#[derive(Debug, Default)]
+pub struct TaskMemory {
+    files: HashMap<TaskId, File>,
+}
+
+impl TaskMemory {
+    /// Opens the memory of tasks, given by image pid and host pid.
+    ///
+    /// # Errors
+    /// `EACCES` without ptrace rights, `ENOENT` if a task is gone.
+    pub fn open(tasks: impl IntoIterator<Item = (TaskId, u32)>) -> io::Result<Self> {
+        let open = |(id, pid): (TaskId, u32)| Ok((id, File::open(format!("/proc/{pid}/mem"))?));
+        Ok(Self { files: tasks.into_iter().map(open).collect::<io::Result<_>>()? })
+    }
+
+    /// Whether `task` is one of them.
+    #[must_use]
+    pub fn has(&self, task: TaskId) -> bool {
+        self.files.contains_key(&task)
+    }
+
+    /// Fills `pages` from `start` on; returns the bytes of whole pages that could be read, at least one
+    /// page.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if the first page cannot be read: not mapped, or the task is gone.
+    pub fn read(&self, task: TaskId, start: ImageAddr, pages: &mut [u8]) -> Result<usize, StoreError> {
+        let missing = || StoreError::Missing { task, addr: start };
+        let file = self.files.get(&task).ok_or_else(missing)?;
+        let mut filled = 0;
+        while filled < pages.len() {
+            match file.read_at(&mut pages[filled..], start.get() + filled as u64) {
+                Ok(0) => break,
+                Ok(got) => filled += got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        let whole = filled - filled % PAGE_SIZE;
+        if whole == 0 { Err(missing()) } else { Ok(whole) }
+    }
+}

@@ -1,0 +1,185 @@
+//! The command line: raw arguments to a checked configuration, results to exit codes.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use host::criu::Criu;
+use host::facts::problem;
+use host::hooks::{Hook, Hooks};
+use protocol::link::{Endpoint, LinkKind};
+
+use crate::lazy_pages::LazyPagesArguments;
+use crate::restore::PidPlace;
+use crate::serve::{ServeConfig, serve};
+use crate::session::SessionConfig;
+use crate::{keeper, lazy_pages, pidns, preflight};
+
+/// Exit status for wrong usage and failed preflight.
+const USAGE: u8 = 2;
+
+/// The destination of a post-copy move.
+///
+/// Receives a process tree that resumes here at once while most of its memory is still on the source:
+/// resolves its page faults over the network and installs what is pushed.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Receive moves from `source-server move`.
+    ///
+    /// Restores into the network namespace it runs in: enter another one with nsenter --net=FILE. Prints
+    /// `listening on ADDR:PORT` when it is ready. Options behind `--` go to `criu restore`.
+    ///
+    /// Exit status with --once: 0 moved and released; 1 rolled back, nothing is left here; 2 wrong usage;
+    /// 3 failed after the switchover, the tasks wait for missing pages and what to do is printed.
+    #[command(after_help = "Example:\n  uffd-daemon serve --listen 0.0.0.0:7000 --insecure --once \\\n      \
+                            --hook pre-restore='ip addr add 192.0.2.80/24 dev eth0' -- --tcp-established")]
+    Serve(ServeArguments),
+    /// Stand in for `criu lazy-pages`: same flags, same behaviour.
+    LazyPages(LazyPagesArguments),
+    /// Say what stands against restoring a tree on this host.
+    Preflight(CriuArgument),
+    #[command(name = keeper::VERB, hide = true)]
+    Keeper,
+    #[command(name = pidns::OUTER_VERB, hide = true)]
+    PidnsOuter,
+    #[command(name = pidns::INIT_VERB, hide = true)]
+    PidnsInit,
+}
+
+#[derive(Debug, Args)]
+struct CriuArgument {
+    /// The criu to use [default: $CRIU, then PATH, then the one scripts/setup made]
+    #[arg(long, value_name = "PATH")]
+    criu: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct ServeArguments {
+    /// Where to listen: ADDR:PORT (port 0 lets the kernel choose), or a socket path with --link unix
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: String,
+    /// How pages travel: tcp or unix
+    #[arg(long, default_value = "tcp")]
+    link: LinkKind,
+    /// PID namespace of restored trees: host needs every pid to be free here, auto takes a new one if not
+    #[arg(long, default_value = "auto")]
+    pidns: PidnsArgument,
+    /// Run COMMAND at a phase: pre-restore, post-restore, released, rolled-back
+    #[arg(long = "hook", value_name = "PHASE=COMMAND")]
+    hooks: Vec<Hook>,
+    /// Exit after the first move, with its status
+    #[arg(long)]
+    once: bool,
+    /// Where a later release keeps what it needs to take over; not used yet
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Not in this release
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<String>,
+    /// Write the report of each move as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Allow plain tcp on addresses other than loopback
+    #[arg(long)]
+    insecure: bool,
+    #[command(flatten)]
+    criu: CriuArgument,
+    /// Where working directories are made [default: a memory file system]
+    #[arg(long, value_name = "DIR")]
+    work_dir: Option<PathBuf>,
+    /// Only errors
+    #[arg(long, short)]
+    quiet: bool,
+    /// More detail; twice for all of it
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Passed on to criu restore
+    #[arg(last = true, value_name = "CRIU-RESTORE-OPTIONS")]
+    criu_options: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PidnsArgument {
+    Auto,
+    Host,
+    New,
+}
+
+/// Runs what the command line says.
+#[must_use]
+pub fn run(arguments: Arguments) -> ExitCode {
+    match arguments.command {
+        Verb::Serve(arguments) => run_serve(arguments),
+        Verb::LazyPages(arguments) => lazy_pages::run(&arguments),
+        Verb::Preflight(arguments) => run_preflight(&arguments),
+        Verb::Keeper => keeper::run(),
+        Verb::PidnsOuter => pidns::run_outer(),
+        Verb::PidnsInit => pidns::run_init(),
+    }
+}
+
+fn usage(message: &str) -> ExitCode {
+    eprintln!("uffd-daemon: {message}");
+    ExitCode::from(USAGE)
+}
+
+fn run_preflight(arguments: &CriuArgument) -> ExitCode {
+    let mut problems = preflight::host_problems();
+    match Criu::find(arguments.criu.as_deref()) {
+        Ok(criu) => println!("criu {} at {}", criu.version, criu.path.display()),
+        Err(error) => problems.push(problem("no usable criu", error.to_string())),
+    }
+    for problem in &problems {
+        println!("{problem}");
+    }
+    if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(USAGE) }
+}
+
+fn run_serve(arguments: ServeArguments) -> ExitCode {
+    host::logging::start(arguments.verbose, arguments.quiet);
+    if arguments.metrics.is_some() {
+        return usage("--metrics is not in this release; use --json");
+    }
+    let listen = match Endpoint::parse(arguments.link, &arguments.listen, arguments.insecure) {
+        Ok(listen) => listen,
+        Err(error) => return usage(&error),
+    };
+    let criu = match Criu::find(arguments.criu.criu.as_deref()) {
+        Ok(criu) => criu,
+        Err(error) => return usage(&error.to_string()),
+    };
+    let problems = preflight::host_problems();
+    if !problems.is_empty() {
+        let lines: Vec<String> = problems.iter().map(|problem| format!("  {problem}")).collect();
+        return usage(&format!("this host cannot receive moves:\n{}", lines.join("\n")));
+    }
+    let config = ServeConfig {
+        listen,
+        session: SessionConfig {
+            criu,
+            place: match arguments.pidns {
+                PidnsArgument::Auto => PidPlace::Auto,
+                PidnsArgument::Host => PidPlace::Host,
+                PidnsArgument::New => PidPlace::New,
+            },
+            hooks: Hooks::new(arguments.hooks),
+            work_dir: arguments.work_dir,
+            quiet: arguments.quiet,
+            criu_options: arguments.criu_options,
+        },
+        once: arguments.once,
+        json: arguments.json,
+    };
+    match serve(config) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => usage(&error.to_string()),
+    }
+}

@@ -1,0 +1,551 @@
+//! The fault loop: one thread that reads every userfaultfd of a move, asks for pages, and installs the
+//! answers. Nothing is handed to another thread between a fault and its wake.
+//!
+//! ```text
+//!   poll ─▶ uffd readable ─▶ lock family, read events, decide ─▶ zero page | ask
+//!      └──▶ answer there ──▶ lock family, install, wake
+//! ```
+//!
+//! The loop also keeps the event queues empty: `madvise`, `munmap`, `mremap` and `fork` in the task wait
+//! until their event was read. When the page source is lost the loop goes on reading; faults then wait.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use host::mailbox::{Mailbox, Post};
+use kernel::uffd::{Event, EventBuffer, Install, Probe, Uffd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
+
+use crate::inflight::{Asked, InFlight, Waiter};
+use crate::keeper::KeeperHandle;
+use crate::limits;
+use crate::pages::{Arrival, Blocked, Origin, Resolution, SpaceId};
+use crate::tree::{TaskFamily, Tree};
+use crate::upstream::{Upstream, UpstreamError};
+
+/// Latency of faults that needed the source, in nanoseconds; shared with whoever reports.
+pub type LatencyHistogram = Arc<Mutex<Histogram<u64>>>;
+
+/// An empty latency histogram: 100 ns to 100 s, three digits.
+///
+/// # Panics
+/// Never: the bounds are constants that the library accepts.
+#[must_use]
+pub fn latency_histogram() -> LatencyHistogram {
+    let histogram = Histogram::new_with_bounds(100, 100_000_000_000, 3).expect("constant bounds");
+    Arc::new(Mutex::new(histogram))
+}
+
+/// What the loop is told while it runs.
+#[derive(Debug)]
+pub enum Command {
+    /// A restored task handed its userfaultfd over.
+    Serve {
+        /// Position of its family.
+        family: usize,
+        /// Its userfaultfd.
+        uffd: OwnedFd,
+    },
+    /// All tasks run: the background may begin.
+    Running,
+    /// End.
+    Stop,
+}
+
+/// What the loop reports.
+#[derive(Debug)]
+pub enum Notice {
+    /// Nothing is remote any more.
+    Settled,
+    /// The page source is lost; faults wait.
+    UpstreamLost(String),
+    /// The kernel refused what must not fail.
+    Broken(String),
+}
+
+struct Served {
+    family: usize,
+    space: SpaceId,
+    uffd: Arc<Uffd>,
+}
+
+/// Pages that could not be installed yet.
+struct Deferred {
+    asked: Asked,
+    data: Vec<u8>,
+    since: Instant,
+}
+
+/// The fault loop of one move.
+pub struct FaultLoop<U> {
+    tree: Arc<Tree>,
+    upstream: Option<U>,
+    served: Vec<Served>,
+    in_flight: InFlight,
+    deferred: Vec<Deferred>,
+    zeroes: Vec<(usize, TaskAddr)>,
+    events: EventBuffer,
+    commands: Mailbox<Command>,
+    notices: Post<Notice>,
+    keeper: Option<KeeperHandle>,
+    latency: LatencyHistogram,
+    running: bool,
+    cursor: (usize, u64),
+    background_pages: u64,
+    told_settled: bool,
+    checked: Instant,
+}
+
+impl<U: Upstream> FaultLoop<U> {
+    /// A loop that obeys `commands`.
+    #[must_use]
+    pub fn new(
+        tree: Arc<Tree>,
+        upstream: U,
+        commands: Mailbox<Command>,
+        notices: Post<Notice>,
+        keeper: Option<KeeperHandle>,
+        latency: LatencyHistogram,
+    ) -> Self {
+        Self {
+            tree,
+            upstream: Some(upstream),
+            served: Vec::new(),
+            in_flight: InFlight::default(),
+            deferred: Vec::new(),
+            zeroes: Vec::new(),
+            events: EventBuffer::default(),
+            commands,
+            notices,
+            keeper,
+            latency,
+            running: false,
+            cursor: (0, 0),
+            background_pages: 0,
+            told_settled: false,
+            checked: Instant::now(),
+        }
+    }
+
+    /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
+    pub fn run(mut self) -> Option<U> {
+        loop {
+            let ready = match self.wait() {
+                Ok(ready) => ready,
+                Err(error) => {
+                    self.notify(Notice::Broken(format!("poll failed: {error}")));
+                    return self.upstream;
+                }
+            };
+            if ready.command && self.obey() {
+                return self.upstream;
+            }
+            for position in ready.uffds {
+                if let Err(error) = self.read_events(position) {
+                    self.notify(Notice::Broken(format!("read from a userfaultfd failed: {error}")));
+                }
+            }
+            if let Err(error) = self.exchange(ready.upstream) {
+                self.lose_upstream(&error);
+            }
+            self.retry_deferred();
+            self.look_after();
+        }
+    }
+
+    fn notify(&self, notice: Notice) {
+        self.notices.send(notice);
+    }
+
+    fn wait(&self) -> nix::Result<Ready> {
+        let mut fds = Vec::with_capacity(self.served.len() + 2);
+        fds.push(PollFd::new(self.commands.as_fd(), PollFlags::POLLIN));
+        let upstream = self.upstream.as_ref().and_then(|u| u.fd().map(|fd| (fd, u.wants_write())));
+        if let Some((fd, wants_write)) = upstream {
+            let write = if wants_write { PollFlags::POLLOUT } else { PollFlags::empty() };
+            fds.push(PollFd::new(fd, PollFlags::POLLIN | write));
+        }
+        let first_uffd = fds.len();
+        fds.extend(self.served.iter().map(|s| PollFd::new(s.uffd.as_fd(), PollFlags::POLLIN)));
+        let timeout = if self.has_work() {
+            PollTimeout::ZERO
+        } else if !self.deferred.is_empty() || !self.zeroes.is_empty() {
+            PollTimeout::from(1u8)
+        } else {
+            PollTimeout::try_from(limits::LIVENESS_INTERVAL).unwrap_or(PollTimeout::MAX)
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+        let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        Ok(Ready {
+            command: ready(&fds[0]),
+            upstream: upstream.is_none() || ready(&fds[1]),
+            uffds: (first_uffd..fds.len()).filter(|i| ready(&fds[*i])).map(|i| i - first_uffd).collect(),
+        })
+    }
+
+    /// Whether there is something to do without waiting: background reads from a source that answers at
+    /// once.
+    fn has_work(&self) -> bool {
+        let at_once = self.upstream.as_ref().is_some_and(|u| u.fd().is_none() && u.background().is_some());
+        at_once && self.running && !self.told_settled
+    }
+
+    /// Obeys commands; true for the last.
+    fn obey(&mut self) -> bool {
+        for command in self.commands.empty() {
+            match command {
+                Command::Serve { family, uffd } => {
+                    let uffd = Arc::new(Uffd::from(uffd));
+                    let space = self.tree.lock(family).restored(uffd.clone());
+                    self.served.push(Served { family, space, uffd });
+                }
+                Command::Running => self.running = true,
+                Command::Stop => return true,
+            }
+        }
+        false
+    }
+
+    fn read_events(&mut self, position: usize) -> io::Result<()> {
+        let Some(Served { family, space, uffd }) = self.served.get(position) else { return Ok(()) };
+        let (family, space, uffd) = (*family, *space, uffd.clone());
+        let tree = self.tree.clone();
+        let mut guard = tree.lock(family);
+        let mut asks: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
+        let mut asked = 0;
+        let mut children = Vec::new();
+        let mut zeroes: [TaskAddr; kernel::uffd::EVENTS_PER_READ] = [TaskAddr::default(); _];
+        let mut zeroed = 0;
+        let mut unknown = None;
+        uffd.read(&mut self.events, |event| match event {
+            Event::Fault { address } => {
+                let at = TaskAddr::containing(address);
+                match guard.fault(space, at) {
+                    Resolution::Ask(index) => {
+                        asks[asked] = Some((index, at));
+                        asked += 1;
+                    }
+                    Resolution::Asked => {}
+                    Resolution::Zero => {
+                        zeroes[zeroed] = at;
+                        zeroed += 1;
+                    }
+                }
+            }
+            Event::Fork { child } => children.push(child),
+            Event::Remap { from, to, len } => {
+                let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
+                guard.remapped(space, from, to, bytes_to_pages(len));
+                wake(&uffd, from, len);
+            }
+            Event::Remove { start, end } => {
+                let start = TaskAddr::containing(start);
+                guard.removed(space, start, TaskAddr::containing(end));
+                wake(&uffd, start, end - start.get());
+            }
+            Event::Unmap { start, end } => {
+                let start = TaskAddr::containing(start);
+                guard.unmapped(space, start, TaskAddr::containing(end));
+                wake(&uffd, start, end - start.get());
+            }
+            Event::Unknown(kind) => unknown = Some(kind),
+        })?;
+        let now = Instant::now();
+        for child in children {
+            self.adopt(&mut guard, family, space, child);
+        }
+        for at in &zeroes[..zeroed] {
+            // A page of a fork's copy or one that changed hands within this batch is looked at again.
+            self.zero(&mut guard, position, space, *at)?;
+        }
+        let task = guard.task();
+        for (index, at) in asks.iter().flatten() {
+            let Some((addr, _)) = guard.map().locate(guard.map().first + index) else { continue };
+            let Some(run) = PageRun::new(addr, 1) else { continue };
+            let waiter = Some(Waiter { space, at: *at });
+            let asked = Asked { family, first: *index, pages: 1, origin: Origin::Demand, waiter, at: now };
+            let id = self.in_flight.insert(asked);
+            if let Some(upstream) = self.upstream.as_mut() {
+                if let Err(error) = upstream.ask(id, task, run) {
+                    drop(guard);
+                    self.lose_upstream(&error);
+                    return Ok(());
+                }
+            }
+        }
+        drop(guard);
+        self.publish_demand();
+        if let Some(kind) = unknown {
+            self.notify(Notice::Broken(format!("the kernel sent an unknown userfaultfd event {kind:#x}")));
+        }
+        Ok(())
+    }
+
+    fn publish_demand(&self) {
+        self.tree.demand_outstanding.store(self.in_flight.demands(), Ordering::Relaxed);
+    }
+
+    fn adopt(&mut self, family: &mut TaskFamily, position: usize, parent: SpaceId, child: OwnedFd) {
+        if let Some(keeper) = &self.keeper {
+            keeper.hold(child.as_fd());
+        }
+        let uffd = Arc::new(Uffd::from(child));
+        if let Some(space) = family.forked(parent, uffd.clone()) {
+            self.served.push(Served { family: position, space, uffd });
+        }
+    }
+
+    /// Resolves a fault that needs no content.
+    fn zero(
+        &mut self,
+        family: &mut TaskFamily,
+        position: usize,
+        space: SpaceId,
+        at: TaskAddr,
+    ) -> io::Result<()> {
+        let uffd = &self.served[position].uffd;
+        if family.space(space).is_some_and(|space| space.remote_at(at).is_some()) {
+            // A later event of the same batch moved content here: the thread reports again.
+            return uffd.wake(at.get(), PAGE_BYTES);
+        }
+        match uffd.zero(at.get(), PAGE_BYTES)? {
+            Install::Done { .. } => {}
+            // Installed meanwhile, or no longer an area of ours: the thread looks again.
+            Install::Present | Install::Unregistered => uffd.wake(at.get(), PAGE_BYTES)?,
+            Install::Deferred => self.zeroes.push((position, at)),
+            Install::TaskGone => drop(family.exited(space)),
+        }
+        Ok(())
+    }
+
+    fn exchange(&mut self, readable: bool) -> Result<(), UpstreamError> {
+        let Some(mut upstream) = self.upstream.take() else { return Ok(()) };
+        let result = self.exchange_with(&mut upstream, readable);
+        self.upstream = Some(upstream);
+        result
+    }
+
+    fn exchange_with(&mut self, upstream: &mut U, readable: bool) -> Result<(), UpstreamError> {
+        upstream.flush()?;
+        if readable {
+            let mut result = Ok(());
+            upstream.answers(&mut |answer| {
+                if result.is_ok() {
+                    result = self.answered(answer.id, answer.data);
+                }
+            })?;
+            result?;
+        }
+        self.ask_background(upstream)?;
+        upstream.flush()
+    }
+
+    /// Keeps the background going where nobody pushes.
+    fn ask_background(&mut self, upstream: &mut U) -> Result<(), UpstreamError> {
+        let Some((most, window)) = upstream.background() else { return Ok(()) };
+        if !self.running {
+            return Ok(());
+        }
+        let tree = self.tree.clone();
+        while self.background_pages < window && self.cursor.0 < tree.len() {
+            let (position, from) = self.cursor;
+            let mut family = tree.lock(position);
+            let Some((first, run)) = family.next_to_fetch(from, most) else {
+                self.cursor = (position + 1, 0);
+                continue;
+            };
+            let task = family.task();
+            drop(family);
+            self.cursor.1 = first + run.pages;
+            self.background_pages += run.pages;
+            let asked = Asked {
+                family: position,
+                first,
+                pages: run.pages,
+                origin: Origin::Push,
+                waiter: None,
+                at: Instant::now(),
+            };
+            let id = self.in_flight.insert(asked);
+            upstream.ask(id, task, run)?;
+        }
+        Ok(())
+    }
+
+    fn answered(&mut self, id: u64, data: &[u8]) -> Result<(), UpstreamError> {
+        let unasked = || UpstreamError::Protocol(format!("answer {id:#x} was not asked for"));
+        let asked = self.in_flight.remove(id).ok_or_else(unasked)?;
+        if asked.origin == Origin::Push {
+            self.background_pages -= asked.pages;
+        }
+        let pages = (data.len() / PAGE_SIZE) as u64;
+        if pages > asked.pages {
+            return Err(UpstreamError::Protocol(format!("{pages} pages for a question of {}", asked.pages)));
+        }
+        if pages < asked.pages {
+            self.not_delivered(&asked, pages)?;
+        }
+        if pages > 0 {
+            let asked = Asked { pages, ..asked };
+            self.tree.lock(asked.family).announced(asked.first, pages);
+            if let Err(blocked) = self.install(&asked, data) {
+                tracing::debug!(?blocked, "install deferred");
+                self.deferred.push(Deferred { asked, data: data.to_vec(), since: Instant::now() });
+            }
+        }
+        self.publish_demand();
+        Ok(())
+    }
+
+    /// Pages of a question that its answer left out: the source holds them as settled, or cut its answer.
+    fn not_delivered(&mut self, asked: &Asked, delivered: u64) -> Result<(), UpstreamError> {
+        let mut family = self.tree.lock(asked.family);
+        let (from, end) = (asked.first + delivered, asked.first + asked.pages);
+        family.not_asked(from, end);
+        if asked.origin == Origin::Push {
+            self.cursor = self.cursor.min((asked.family, from));
+            return Ok(());
+        }
+        let Some(waiter) = asked.waiter else { return Ok(()) };
+        if family.space(waiter.space).is_some_and(|space| space.is_remote(from)) {
+            let what = format!("page {} of task {} was refused but is missing", waiter.at, family.task());
+            return Err(UpstreamError::Protocol(what));
+        }
+        drop(family);
+        self.wake_waiter(asked.family, waiter);
+        Ok(())
+    }
+
+    fn wake_waiter(&self, family: usize, waiter: Waiter) {
+        let served = self.served.iter().find(|s| s.family == family && s.space == waiter.space);
+        if let Some(served) = served {
+            wake(&served.uffd, waiter.at, PAGE_BYTES);
+        }
+    }
+
+    /// Installs an answer; `Err` if the address space cannot take it now.
+    fn install(&mut self, asked: &Asked, data: &[u8]) -> Result<(), Blocked> {
+        let tree = self.tree.clone();
+        let mut family = tree.lock(asked.family);
+        // If the waiter's page is not remote where it waits (dropped or moved meanwhile), no copy wakes it.
+        let unreached = asked.waiter.filter(|waiter| {
+            family.space(waiter.space).and_then(|space| space.remote_at(waiter.at)) != Some(asked.first)
+        });
+        let slice = limits::INSTALL_SLICE_PAGES * PAGE_SIZE;
+        for (i, part) in data.chunks(slice).enumerate() {
+            let first = asked.first + (i * limits::INSTALL_SLICE_PAGES) as u64;
+            match family.arrived(first, part, asked.origin) {
+                Ok(Arrival::Settled) => {}
+                Ok(Arrival::Blocked(why)) => return Err(why),
+                Err(error) => {
+                    drop(family);
+                    self.notify(Notice::Broken(format!("install failed: {error}")));
+                    return Ok(());
+                }
+            }
+        }
+        drop(family);
+        if asked.origin == Origin::Demand {
+            self.record(asked.at.elapsed());
+        }
+        if let Some(waiter) = unreached {
+            self.wake_waiter(asked.family, waiter);
+        }
+        Ok(())
+    }
+
+    fn record(&self, latency: Duration) {
+        let ns = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        let mut histogram = self.latency.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        histogram.saturating_record(ns);
+    }
+
+    fn retry_deferred(&mut self) {
+        for Deferred { asked, data, since } in std::mem::take(&mut self.deferred) {
+            match self.install(&asked, &data) {
+                Ok(()) => {}
+                Err(Blocked::Unregistered) if since.elapsed() > limits::UNREGISTERED_PATIENCE => {
+                    let mut family = self.tree.lock(asked.family);
+                    tracing::error!(task = %family.task(), first = asked.first, "area lost without an event");
+                    family.give_up(asked.first, asked.first + asked.pages);
+                }
+                Err(_) => self.deferred.push(Deferred { asked, data, since }),
+            }
+        }
+        for (position, at) in std::mem::take(&mut self.zeroes) {
+            let Some(served) = self.served.get(position) else { continue };
+            let (family, space) = (served.family, served.space);
+            let tree = self.tree.clone();
+            let mut family = tree.lock(family);
+            // The event that was in the way may have moved content here.
+            let result = match family.fault(space, at) {
+                Resolution::Zero => self.zero(&mut family, position, space, at),
+                Resolution::Asked => Ok(()),
+                Resolution::Ask(index) => {
+                    family.not_asked(index, index + 1);
+                    self.served[position].uffd.wake(at.get(), PAGE_BYTES)
+                }
+            };
+            if let Err(error) = result {
+                self.notify(Notice::Broken(format!("zero page failed: {error}")));
+            }
+        }
+    }
+
+    /// Notices the end of tasks and of the move.
+    fn look_after(&mut self) {
+        if self.checked.elapsed() >= limits::LIVENESS_INTERVAL {
+            self.checked = Instant::now();
+            self.drop_exited();
+        }
+        if self.running && !self.told_settled && self.in_flight.is_empty() && self.tree.check_settled() {
+            self.told_settled = true;
+            self.notify(Notice::Settled);
+        }
+    }
+
+    fn drop_exited(&mut self) {
+        if !self.running || !self.zeroes.is_empty() {
+            // Positions in `zeroes` must stay valid.
+            return;
+        }
+        let tree = self.tree.clone();
+        self.served.retain(|served| {
+            let mut family = tree.lock(served.family);
+            let Some(space) = family.space(served.space) else { return false };
+            let Some(at) = space.any_address() else { return true };
+            if matches!(served.uffd.probe(at.get()), Ok(Probe::TaskGone)) {
+                drop(family.exited(served.space));
+                return false;
+            }
+            true
+        });
+    }
+
+    fn lose_upstream(&mut self, error: &UpstreamError) {
+        self.in_flight = InFlight::default();
+        self.publish_demand();
+        if self.upstream.take().is_some() && !self.told_settled {
+            self.notify(Notice::UpstreamLost(error.to_string()));
+        }
+    }
+}
+
+/// Wakes a range; the only failures are an empty range and an address space that is gone.
+fn wake(uffd: &Uffd, at: TaskAddr, bytes: u64) {
+    let _ = uffd.wake(at.get(), bytes);
+}
+
+struct Ready {
+    command: bool,
+    upstream: bool,
+    uffds: Vec<usize>,
+}

@@ -1,0 +1,26 @@
+//! Every bound of the daemon, with its reason.
+
+use std::time::Duration;
+
+/// Sessions at once; each needs threads, a CRIU and memory of its own.
+pub const SESSIONS_MAX: usize = 64;
+/// Connections that have not said hello yet.
+pub const STRANGERS_MAX: usize = 64;
+/// Pages that one install holds its family's lock for: 64 KiB copy in about 15 us, which is the longest a
+/// fault waits for the push in the installer.
+pub const INSTALL_SLICE_PAGES: usize = 16;
+/// How long the push lane may be quiet before settled pages are looked for and acknowledged.
+pub const ACK_INTERVAL: Duration = Duration::from_millis(100);
+/// How long an address may be unregistered with no event about it before its pages count as unmapped.
+pub const UNREGISTERED_PATIENCE: Duration = Duration::from_secs(2);
+/// How long restore may take from the last image to the switchover.
+pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long the source may take to commit once everything is prepared.
+pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often an idle fault loop looks whether its tasks are still there.
+pub const LIVENESS_INTERVAL: Duration = Duration::from_millis(500);
+/// Background bytes that may be on their way from a CRIU page server (one connection for everything):
+/// small enough for a fault to pass in about 100 us, large enough to hide a round trip.
+pub const BACKGROUND_PAGES_IN_FLIGHT: u64 = 128;
+/// Pages of one background request.
+pub const BACKGROUND_REQUEST_PAGES: u64 = 64;

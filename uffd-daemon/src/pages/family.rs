@@ -1,0 +1,468 @@
+//! One task of the images and the address spaces that share its lazy pages.
+
+use std::io;
+
+use kernel::uffd::Install;
+use protocol::bitmap::Bitmap;
+use protocol::lazy_map::TaskMap;
+use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, TaskId, pages_to_bytes};
+use protocol::wire::control::PageCounts;
+use protocol::wire::frame::TaskRun;
+
+use super::installer::Installer;
+use super::space::{Space, Stretch};
+
+/// How a page came; each lazy page counts once, by its first arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// As the answer to a fault.
+    Demand,
+    /// By the push.
+    Push,
+}
+
+/// Names a space within its family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SpaceId(usize);
+
+/// What a fault needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// The page with this index must be asked for.
+    Ask(u64),
+    /// It was asked for already; its arrival wakes this thread too.
+    Asked,
+    /// It has no content: a zero page.
+    Zero,
+}
+
+/// Why pages could not be installed now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocked {
+    /// The address space is changing: read its events, then try again.
+    Changing,
+    /// The address is not registered: an event about it must be on its way.
+    Unregistered,
+}
+
+/// What became of pages that arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// Every space has them or does not want them.
+    Settled,
+    /// Some space could not take them now: offer the same pages again.
+    Blocked(Blocked),
+}
+
+#[derive(Debug)]
+struct Member<I> {
+    space: Space,
+    installer: I,
+}
+
+/// One task of the images and the address spaces that share its lazy pages.
+#[derive(Debug)]
+pub struct Family<I> {
+    map: TaskMap,
+    members: Vec<Option<Member<I>>>,
+    /// Asked for by a fault and not arrived yet.
+    asked: Bitmap,
+    by_demand: Bitmap,
+    by_push: Bitmap,
+    /// Not acknowledged to the source yet.
+    unreported: Bitmap,
+    redundant: u64,
+}
+
+impl<I: Installer> Family<I> {
+    /// A family without spaces; [`Family::restored`] adds the first.
+    #[must_use]
+    pub fn new(map: TaskMap) -> Self {
+        let clear = || Bitmap::clear(map.pages);
+        let (asked, by_demand, by_push) = (clear(), clear(), clear());
+        let unreported = Bitmap::full(map.pages);
+        Self { asked, by_demand, by_push, unreported, members: Vec::new(), redundant: 0, map }
+    }
+
+    /// The task.
+    #[must_use]
+    pub const fn task(&self) -> TaskId {
+        self.map.id
+    }
+
+    /// Its lazy pages.
+    #[must_use]
+    pub const fn map(&self) -> &TaskMap {
+        &self.map
+    }
+
+    /// The restored task's own space.
+    pub fn restored(&mut self, installer: I) -> SpaceId {
+        let space = Space::restored(&self.map);
+        self.add(space, installer)
+    }
+
+    fn add(&mut self, space: Space, installer: I) -> SpaceId {
+        self.members.push(Some(Member { space, installer }));
+        SpaceId(self.members.len() - 1)
+    }
+
+    fn member(&mut self, id: SpaceId) -> Option<&mut Member<I>> {
+        self.members.get_mut(id.0)?.as_mut()
+    }
+
+    fn spaces(&self) -> impl Iterator<Item = &Space> {
+        self.members.iter().flatten().map(|member| &member.space)
+    }
+
+    /// Pages that some space still misses (a page counts once per space).
+    #[must_use]
+    pub fn remote_pages(&self) -> u64 {
+        self.spaces().map(Space::remote_pages).sum()
+    }
+
+    /// A space of this family, if it is still there.
+    #[must_use]
+    pub fn space(&self, id: SpaceId) -> Option<&Space> {
+        self.members.get(id.0)?.as_ref().map(|member| &member.space)
+    }
+
+    /// A thread waits for the page at `at`.
+    pub fn fault(&mut self, id: SpaceId, at: TaskAddr) -> Resolution {
+        let Some(index) = self.space(id).and_then(|space| space.remote_at(at)) else {
+            return Resolution::Zero;
+        };
+        if self.asked.set(index) { Resolution::Ask(index) } else { Resolution::Asked }
+    }
+
+    /// The task dropped the content of a range; who waits there must look again.
+    pub fn removed(&mut self, id: SpaceId, start: TaskAddr, end: TaskAddr) {
+        if let Some(member) = self.member(id) {
+            member.space.remove(start, end);
+        }
+    }
+
+    /// The task unmapped a range.
+    pub fn unmapped(&mut self, id: SpaceId, start: TaskAddr, end: TaskAddr) {
+        if let Some(member) = self.member(id) {
+            member.space.unmap(start, end);
+        }
+    }
+
+    /// The task moved a range.
+    pub fn remapped(&mut self, id: SpaceId, from: TaskAddr, to: TaskAddr, pages: u64) {
+        if let Some(member) = self.member(id) {
+            member.space.remap(from, to, pages);
+        }
+    }
+
+    /// The task forked: the child misses what the parent missed.
+    pub fn forked(&mut self, parent: SpaceId, child: I) -> Option<SpaceId> {
+        let space = self.member(parent)?.space.clone();
+        Some(self.add(space, child))
+    }
+
+    /// The address space is gone; its installer comes back to be dropped outside any lock.
+    pub fn exited(&mut self, id: SpaceId) -> Option<I> {
+        self.members.get_mut(id.0)?.take().map(|member| member.installer)
+    }
+
+    /// Pages that arrived: `data` is installed wherever the pages `first..` are still remote.
+    ///
+    /// # Errors
+    /// An errno from the kernel that is no ordinary outcome.
+    pub fn arrived(&mut self, first: u64, data: &[u8], origin: Origin) -> io::Result<Arrival> {
+        let end = first + (data.len() / PAGE_SIZE) as u64;
+        let mut blocked = None;
+        for slot in 0..self.members.len() {
+            let mut from = first;
+            while let Some(stretch) = self.members[slot].as_ref().and_then(|m| m.space.remote_in(from, end)) {
+                match self.install(slot, stretch, first, data)? {
+                    Ok(pages) => {
+                        self.settle(slot, stretch.first, pages, origin);
+                        from = stretch.first + pages;
+                    }
+                    Err(why) => {
+                        blocked = Some(why);
+                        break;
+                    }
+                }
+            }
+        }
+        if let Some(why) = blocked {
+            return Ok(Arrival::Blocked(why));
+        }
+        self.asked.unset_range(first, end);
+        Ok(Arrival::Settled)
+    }
+
+    /// One copy into one space: pages settled, or why none could be. A space that is gone settles all.
+    fn install(
+        &mut self,
+        slot: usize,
+        stretch: Stretch,
+        first: u64,
+        data: &[u8],
+    ) -> io::Result<Result<u64, Blocked>> {
+        let Some(member) = self.members[slot].as_ref() else { return Ok(Ok(stretch.pages)) };
+        let offset = bytes(stretch.first - first);
+        let slice = &data[offset..offset + bytes(stretch.pages)];
+        Ok(match member.installer.copy(stretch.at, slice)? {
+            Install::Done { pages } => Ok(pages),
+            Install::Present => {
+                // Nobody else installs in this space, so this is a page the task made itself.
+                member.installer.wake(stretch.at, PAGE_BYTES)?;
+                self.redundant += 1;
+                Ok(1)
+            }
+            Install::Deferred => Err(Blocked::Changing),
+            Install::Unregistered => Err(Blocked::Unregistered),
+            Install::TaskGone => {
+                self.members[slot] = None;
+                Ok(stretch.pages)
+            }
+        })
+    }
+
+    fn settle(&mut self, slot: usize, first: u64, pages: u64, origin: Origin) {
+        let end = first + pages;
+        let Some(member) = self.members[slot].as_mut() else { return };
+        member.space.settle(first, pages);
+        let (mine, other) = match origin {
+            Origin::Demand => (&mut self.by_demand, &self.by_push),
+            Origin::Push => (&mut self.by_push, &self.by_demand),
+        };
+        // The first arrival counts: a forked child may get the page later, from the other lane.
+        for index in first..end {
+            if !other.get(index) {
+                mine.set(index);
+            }
+        }
+    }
+
+    /// These pages will not arrive by themselves: a fault may ask again.
+    pub fn not_asked(&mut self, first: u64, end: u64) {
+        self.asked.unset_range(first, end);
+    }
+
+    /// The next run at or behind index `from` that is worth fetching (missing somewhere, not asked for), at
+    /// most `most` pages; it is marked as asked for.
+    pub fn next_to_fetch(&mut self, from: u64, most: u64) -> Option<(u64, PageRun)> {
+        let mut from = from;
+        loop {
+            let end = self.map.pages;
+            let missing = self.spaces().filter_map(|s| s.remote_in(from, end)).min_by_key(|s| s.first)?;
+            let behind = missing.first + missing.pages;
+            if let Some((_, stop)) = self.asked.run_in(missing.first, missing.first + 1) {
+                from = self.asked.run_in(missing.first, behind).map_or(stop, |(_, stop)| stop);
+                continue;
+            }
+            let free = self.asked.run_in(missing.first, behind).map_or(behind, |(asked, _)| asked);
+            let (addr, follow) = self.map.locate(self.map.first + missing.first)?;
+            let pages = (free - missing.first).min(follow).min(most);
+            self.asked.set_range(missing.first, missing.first + pages);
+            return Some((missing.first, PageRun::new(addr, pages)?));
+        }
+    }
+
+    /// `pages` pages from `first` have come in: those that came before count as redundant.
+    pub fn announced(&mut self, first: u64, pages: u64) {
+        let end = first + pages;
+        self.redundant += self.by_demand.count_range(first, end) + self.by_push.count_range(first, end);
+    }
+
+    /// Gives up on pages that cannot be installed because their area is not registered any more.
+    pub fn give_up(&mut self, first: u64, end: u64) {
+        for member in self.members.iter_mut().flatten() {
+            member.space.settle(first, end - first);
+        }
+        self.asked.unset_range(first, end);
+    }
+
+    /// Appends to `runs` what is settled in every space in `first..end` and was not reported yet, until
+    /// there are `most`.
+    pub fn acknowledge(&mut self, first: u64, end: u64, most: usize, runs: &mut Vec<TaskRun>) {
+        let mut from = first;
+        while let Some((start, stop)) = self.unreported.run_in(from, end) {
+            if runs.len() >= most {
+                return;
+            }
+            // The next page that some space misses ends the settled stretch before it.
+            let missing = self.spaces().filter_map(|s| s.remote_in(start, stop)).min_by_key(|s| s.first);
+            let settled = missing.map_or(stop, |stretch| stretch.first);
+            if settled == start {
+                from = missing.map_or(stop, |stretch| stretch.first + stretch.pages);
+                continue;
+            }
+            let Some((addr, follow)) = self.map.locate(self.map.first + start) else { return };
+            let pages = follow.min(settled - start);
+            self.unreported.unset_range(start, start + pages);
+            runs.extend(PageRun::new(addr, pages).map(|run| TaskRun { task: self.map.id, run }));
+            from = start + pages;
+        }
+    }
+
+    /// The first segment of any space for which `unregistered` is true.
+    pub fn first_unregistered(&self, unregistered: impl Fn(&I, TaskAddr) -> bool) -> Option<TaskAddr> {
+        let members = self.members.iter().flatten();
+        members
+            .flat_map(|member| member.space.segment_starts().map(|at| (&member.installer, at)))
+            .find(|(installer, at)| unregistered(installer, *at))
+            .map(|(_, at)| at)
+    }
+
+    /// Whether every page was reported as settled.
+    #[must_use]
+    pub fn all_acknowledged(&self) -> bool {
+        self.unreported.run_in(0, self.map.pages).is_none()
+    }
+
+    /// The account: complete once nothing is remote.
+    #[must_use]
+    pub fn counts(&self) -> PageCounts {
+        let (demand, push) = (self.by_demand.count(), self.by_push.count());
+        let lazy = self.map.pages;
+        let gone = lazy - demand - push;
+        PageCounts { lazy, demand, push, gone, redundant: self.redundant, ..PageCounts::default() }
+    }
+}
+
+#[allow(clippy::cast_possible_truncation)] // a run that arrived fits in a buffer
+const fn bytes(pages: u64) -> usize {
+    pages_to_bytes(pages) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::lazy_map::LazyMap;
+    use protocol::units::ImageAddr;
+    use std::cell::{Cell, RefCell};
+    use std::collections::BTreeMap;
+    use std::rc::Rc;
+
+    /// A kernel that keeps what was installed.
+    #[derive(Clone, Default)]
+    struct Model {
+        pages: Rc<RefCell<BTreeMap<u64, u8>>>,
+        next: Rc<Cell<Option<Install>>>,
+        woken: Rc<RefCell<Vec<u64>>>,
+    }
+
+    impl Installer for Model {
+        fn copy(&self, at: TaskAddr, data: &[u8]) -> io::Result<Install> {
+            if let Some(outcome) = self.next.take() {
+                return Ok(outcome);
+            }
+            let mut pages = self.pages.borrow_mut();
+            for (i, page) in data.chunks(PAGE_SIZE).enumerate() {
+                if pages.contains_key(&at.add(i as u64).get()) {
+                    return Ok(if i == 0 { Install::Present } else { Install::Done { pages: i as u64 } });
+                }
+                pages.insert(at.add(i as u64).get(), page[0]);
+            }
+            Ok(Install::Done { pages: (data.len() / PAGE_SIZE) as u64 })
+        }
+
+        fn zero(&self, _: TaskAddr, _: u64) -> io::Result<Install> {
+            unreachable!("the family never zeroes")
+        }
+
+        fn wake(&self, at: TaskAddr, _: u64) -> io::Result<()> {
+            self.woken.borrow_mut().push(at.get());
+            Ok(())
+        }
+    }
+
+    fn addr(page: u64) -> TaskAddr {
+        TaskAddr::containing(page << 12)
+    }
+
+    fn family(pages: u64) -> Family<Model> {
+        let run = PageRun::new(ImageAddr::containing(16 << 12), pages).unwrap();
+        Family::new(LazyMap::new([(TaskId(1), vec![run])]).unwrap().tasks()[0].clone())
+    }
+
+    fn data(range: std::ops::Range<u8>) -> Vec<u8> {
+        range.flat_map(|value| vec![value; PAGE_SIZE]).collect()
+    }
+
+    fn acks(family: &mut Family<Model>) -> u64 {
+        let mut runs = Vec::new();
+        family.acknowledge(0, 1000, 100, &mut runs);
+        runs.iter().map(|run| run.run.pages).sum()
+    }
+
+    #[test]
+    fn each_page_counts_once_by_its_first_arrival() {
+        let mut family = family(4);
+        let kernel = Model::default();
+        let root = family.restored(kernel.clone());
+        assert_eq!(family.fault(root, addr(17)), Resolution::Ask(1));
+        assert_eq!(family.fault(root, addr(17)), Resolution::Asked);
+        assert_eq!(family.fault(root, addr(99)), Resolution::Zero);
+        assert_eq!(family.arrived(1, &data(1..2), Origin::Demand).unwrap(), Arrival::Settled);
+        family.announced(0, 3);
+        assert_eq!(family.arrived(0, &data(0..3), Origin::Push).unwrap(), Arrival::Settled);
+        family.removed(root, addr(19), addr(20));
+        let counts = family.counts();
+        assert_eq!((counts.demand, counts.push, counts.gone, counts.redundant), (1, 2, 1, 1));
+        assert_eq!(family.remote_pages(), 0);
+        assert_eq!(kernel.pages.borrow().values().copied().collect::<Vec<_>>(), [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_child_gets_what_was_missing_when_it_forked_and_acknowledgement_waits_for_it() {
+        let mut family = family(4);
+        let (parent, child) = (Model::default(), Model::default());
+        let root = family.restored(parent);
+        family.arrived(0, &data(0..1), Origin::Push).unwrap();
+        family.forked(root, child.clone()).unwrap();
+        assert_eq!(acks(&mut family), 1);
+        family.removed(root, addr(17), addr(20));
+        assert_eq!(acks(&mut family), 0, "the child still misses them");
+        family.arrived(1, &data(1..4), Origin::Push).unwrap();
+        assert_eq!(acks(&mut family), 3);
+        assert!(family.all_acknowledged());
+        assert_eq!(child.pages.borrow().keys().map(|a| a >> 12).collect::<Vec<_>>(), [17, 18, 19]);
+        assert_eq!(family.counts().push, 4);
+    }
+
+    #[test]
+    fn a_changing_space_blocks_and_the_same_pages_can_be_offered_again() {
+        let mut family = family(2);
+        let kernel = Model::default();
+        family.restored(kernel.clone());
+        kernel.next.set(Some(Install::Deferred));
+        let blocked = Arrival::Blocked(Blocked::Changing);
+        assert_eq!(family.arrived(0, &data(0..2), Origin::Push).unwrap(), blocked);
+        assert_eq!(acks(&mut family), 0);
+        kernel.next.set(Some(Install::Done { pages: 1 }));
+        assert_eq!(family.arrived(0, &data(0..2), Origin::Push).unwrap(), Arrival::Settled);
+        assert_eq!(acks(&mut family), 2);
+    }
+
+    #[test]
+    fn a_page_dropped_while_in_flight_is_never_filled() {
+        let mut family = family(2);
+        let kernel = Model::default();
+        let root = family.restored(kernel.clone());
+        assert_eq!(family.fault(root, addr(16)), Resolution::Ask(0));
+        family.removed(root, addr(16), addr(17));
+        family.arrived(0, &data(0..1), Origin::Demand).unwrap();
+        assert!(kernel.pages.borrow().is_empty());
+        assert_eq!(family.fault(root, addr(16)), Resolution::Zero);
+    }
+
+    #[test]
+    fn a_task_that_is_gone_takes_its_pages_with_it() {
+        let mut family = family(3);
+        let kernel = Model::default();
+        let root = family.restored(kernel.clone());
+        kernel.next.set(Some(Install::TaskGone));
+        assert_eq!(family.arrived(0, &data(0..1), Origin::Push).unwrap(), Arrival::Settled);
+        assert!(family.space(root).is_none());
+        assert_eq!(acks(&mut family), 3);
+        assert_eq!(family.counts().gone, 3);
+    }
+}

@@ -1,0 +1,28 @@
+//! Which pages are where: pure bookkeeping over a small [`Installer`] boundary.
+//!
+//! ```text
+//!   Family   one task of the images: its lazy runs, numbered; who of its pages came from where
+//!    └ Space   one address space that still has some of them missing: the restored task, and every
+//!              child it forks before they have all arrived
+//! ```
+//!
+//! A page of a space is *remote* until it is installed, or until the task drops it. Everything else follows:
+//!
+//! ```text
+//!              fault ──────▶ asked ──┐ data
+//!   Remote ──┤                       ├───────▶ Installed
+//!              push ─────────────────┘
+//!   Remote, Installed ── remove, unmap, exit ─▶ Gone: a later fault reads zeros, as the kernel would
+//! ```
+//!
+//! A fault on a page that is not remote is answered with a zero page: the page is either one that never had
+//! content, or one the task has dropped; if it was installed meanwhile the kernel says so and the thread is
+//! woken.
+
+mod family;
+mod installer;
+mod space;
+
+pub use family::{Arrival, Blocked, Family, Origin, Resolution, SpaceId};
+pub use installer::Installer;
+pub use space::Space;

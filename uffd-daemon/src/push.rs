@@ -1,0 +1,180 @@
+//! The push lane, destination's side: pages in, acknowledgements out.
+//!
+//! One thread receives a frame and installs it in slices, so that a fault never waits behind more than one
+//! slice in the kernel or in a family's lock.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use host::waiting;
+use protocol::link::Stream;
+use protocol::units::PAGE_SIZE;
+use protocol::wire::codec::CodecError;
+use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, encode_ack};
+use protocol::wire::limits::RUNS_PER_ACK_MAX;
+
+use crate::limits;
+use crate::pages::{Arrival, Blocked, Origin};
+use crate::tree::Tree;
+
+/// Why the push ended before everything was settled.
+#[derive(Debug, thiserror::Error)]
+pub enum PushError {
+    /// The source closed the lane.
+    #[error("the source closed the push lane")]
+    Closed,
+    /// The lane broke, or the kernel refused an install.
+    #[error("push: {0}")]
+    Io(#[from] io::Error),
+    /// A malformed frame.
+    #[error("the source sent a malformed frame: {0}")]
+    Malformed(#[from] CodecError),
+    /// Pages that are not lazy.
+    #[error("the source pushed {pages} pages at {start} of task {task}, which are no lazy run")]
+    NotLazy {
+        /// The task.
+        task: protocol::units::TaskId,
+        /// The first page.
+        start: protocol::units::ImageAddr,
+        /// How many.
+        pages: u64,
+    },
+}
+
+/// A push lane.
+pub struct PushLane {
+    stream: Stream,
+    tree: Arc<Tree>,
+    received: Arc<AtomicU64>,
+    data: Vec<u8>,
+    acks: Vec<protocol::wire::frame::TaskRun>,
+    swept: Instant,
+}
+
+impl PushLane {
+    /// Over a stream whose hello is done; counts what it receives in `received`.
+    #[must_use]
+    pub fn new(stream: Stream, tree: Arc<Tree>, received: Arc<AtomicU64>) -> Self {
+        Self { stream, tree, received, data: Vec::new(), acks: Vec::new(), swept: Instant::now() }
+    }
+
+    /// Installs what comes until every page of the tree is settled and acknowledged.
+    ///
+    /// # Errors
+    /// [`PushError`].
+    pub fn run(mut self) -> Result<(), PushError> {
+        loop {
+            if self.swept.elapsed() >= limits::ACK_INTERVAL || self.tree.settled_at().is_some() {
+                self.sweep()?;
+                if self.tree.settled_at().is_some() && self.tree.all_acknowledged() {
+                    return Ok(());
+                }
+            }
+            if !waiting::readable_within(self.stream.as_fd(), limits::ACK_INTERVAL)? {
+                self.tree.check_settled();
+                continue;
+            }
+            self.frame()?;
+        }
+    }
+
+    fn frame(&mut self) -> Result<(), PushError> {
+        let closed = |error: io::Error| match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => PushError::Closed,
+            _ => PushError::Io(error),
+        };
+        let mut head = [0; RUN_HEADER_LEN];
+        self.stream.receive_all(&mut head).map_err(closed)?;
+        let frame = RunFrame::decode(&head)?;
+        if frame.kind != Kind::Pages {
+            return Err(CodecError::Meaning { field: "frame kind on this lane", value: frame.kind as u64 }.into());
+        }
+        if self.data.len() < frame.data_len {
+            self.data.resize(frame.data_len, 0);
+        }
+        self.stream.receive_all(&mut self.data[..frame.data_len]).map_err(closed)?;
+        self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
+        self.install(&frame)
+    }
+
+    fn install(&mut self, frame: &RunFrame) -> Result<(), PushError> {
+        let (task, run) = (frame.what.task, frame.what.run);
+        let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
+        let Some(position) = self.tree.position(task) else { return Err(not_lazy) };
+        let tree = self.tree.clone();
+        let first = {
+            let mut family = tree.lock(position);
+            let map = family.map();
+            let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end());
+            let Some(found) = found else { return Err(not_lazy) };
+            let first = found.first - map.first + run.start.pages_since(found.run.start);
+            family.announced(first, run.pages);
+            first
+        };
+        let slice = limits::INSTALL_SLICE_PAGES;
+        for (i, part) in self.data[..frame.data_len].chunks(slice * PAGE_SIZE).enumerate() {
+            install_slice(&tree, position, first + (i * slice) as u64, part)?;
+        }
+        let mut family = tree.lock(position);
+        family.acknowledge(first, first + run.pages, RUNS_PER_ACK_MAX, &mut self.acks);
+        let complete = family.remote_pages() == 0;
+        drop(family);
+        if complete {
+            tree.check_settled();
+        }
+        self.send_acks()
+    }
+
+    /// Acknowledges what was settled otherwise: by faults, or because the task dropped it.
+    fn sweep(&mut self) -> Result<(), PushError> {
+        self.swept = Instant::now();
+        loop {
+            self.tree.acknowledge(RUNS_PER_ACK_MAX, &mut self.acks);
+            if self.acks.is_empty() {
+                return Ok(());
+            }
+            self.send_acks()?;
+        }
+    }
+
+    fn send_acks(&mut self) -> Result<(), PushError> {
+        if !self.acks.is_empty() {
+            self.stream.send_all(&encode_ack(&self.acks), false)?;
+            self.acks.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Installs one slice, waiting as long as the address space is changing.
+fn install_slice(tree: &Tree, position: usize, first: u64, data: &[u8]) -> io::Result<()> {
+    const NAP: Duration = Duration::from_micros(100);
+    const YIELDS: u32 = 50;
+    let begun = Instant::now();
+    let mut tries = 0;
+    loop {
+        while tree.demand_waits() && tries < YIELDS {
+            // Demand goes first; the bound keeps a fault on a lost link from stopping the push.
+            tries += 1;
+            std::thread::yield_now();
+        }
+        let outcome = tree.lock(position).arrived(first, data, Origin::Push)?;
+        let blocked = match outcome {
+            Arrival::Settled => return Ok(()),
+            Arrival::Blocked(blocked) => blocked,
+        };
+        if blocked == Blocked::Unregistered && begun.elapsed() > limits::UNREGISTERED_PATIENCE {
+            let pages = (data.len() / PAGE_SIZE) as u64;
+            let mut family = tree.lock(position);
+            tracing::error!(task = %family.task(), first, pages, "area lost without an event");
+            family.give_up(first, first + pages);
+            return Ok(());
+        }
+        // The fault loop reads the event that is in the way; a fork of a large task takes a while.
+        tries += 1;
+        if tries < YIELDS { std::thread::yield_now() } else { std::thread::sleep(NAP) }
+    }
+}

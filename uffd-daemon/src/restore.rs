@@ -1,0 +1,231 @@
+//! `criu restore --lazy-pages`, held at a barrier before the tasks' first instruction.
+//!
+//! CRIU calls its action script at `post-restore`, when everything is restored and the network is still
+//! locked; a script that fails there makes it kill what it restored. The script here is a line of shell
+//! that reports through one FIFO and waits for an order on another.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use host::criu::{self, Criu, Running};
+use host::waiting;
+use kernel::spawn::CommandSetup;
+use nix::sys::stat::Mode;
+
+use crate::pidns::PidNamespace;
+
+/// Which PID namespace a restored tree gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PidPlace {
+    /// The daemon's own; a new one if a needed pid is in use there.
+    #[default]
+    Auto,
+    /// The daemon's own.
+    Host,
+    /// A new one.
+    New,
+}
+
+/// How long CRIU may take to kill what it restored.
+const ABORT_PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+enum Place {
+    Host(Running),
+    Namespace(PidNamespace),
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub struct Restore {
+    place: Option<Place>,
+    reports: File,
+    orders: File,
+    log: PathBuf,
+    ended: Option<i32>,
+}
+
+/// What a restore does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Restored and held at the barrier.
+    Held,
+    /// The tasks run.
+    Resumed,
+    /// CRIU has ended with this status.
+    Ended(i32),
+}
+
+impl Restore {
+    /// Starts CRIU on the images in `dir/images`, in `namespace` if there is one. `highest_pid` is the
+    /// highest pid that the tree needs.
+    ///
+    /// # Errors
+    /// The errno of the system calls.
+    pub fn start(
+        criu: &Criu,
+        dir: &Path,
+        namespace: Option<PidNamespace>,
+        highest_pid: u32,
+        options: &[OsString],
+    ) -> io::Result<Self> {
+        let fifo = |name: &str| -> io::Result<(PathBuf, File)> {
+            let path = dir.join(name);
+            nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+            // Open both ways: it never waits for the other side and never sees its end.
+            let file = File::options().read(true).write(true).open(&path)?;
+            Ok((path, file))
+        };
+        let (report_path, reports) = fifo("reports")?;
+        let (order_path, orders) = fifo("orders")?;
+        let log = dir.join("restore.log");
+        let script = format!(
+            "case \"$CRTOOLS_SCRIPT_ACTION\" in \
+             post-restore) echo h >{report}; read order <{order} && [ \"$order\" = run ];; \
+             post-resume) echo r >{report};; esac",
+            report = quoted(&report_path),
+            order = quoted(&order_path),
+        );
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let mut args = vec!["restore".to_owned(), "--images-dir".into(), text(&dir.join("images"))];
+        args.extend(["--work-dir".to_owned(), text(dir), "--log-file".into(), text(&log)]);
+        args.extend(["-v1", "--lazy-pages", "--restore-detached", "--action-script"].map(str::to_owned));
+        args.push(script);
+        args.extend(options.iter().map(|option| option.to_string_lossy().into_owned()));
+        let place = match namespace {
+            Some(mut namespace) => {
+                // Room for CRIU and for the programs it starts.
+                namespace.start(&text(&criu.path), &args, highest_pid + 1)?;
+                Place::Namespace(namespace)
+            }
+            None => {
+                let mut command = Command::new(&criu.path);
+                command.args(&args).own_session();
+                Place::Host(Running::start(&mut command, log.clone())?)
+            }
+        };
+        Ok(Self { place: Some(place), reports, orders, log, ended: None })
+    }
+
+    /// Readable when the restore reports.
+    #[must_use]
+    pub fn reports_fd(&self) -> BorrowedFd<'_> {
+        self.reports.as_fd()
+    }
+
+    /// Readable when CRIU has ended; never again once that was seen.
+    #[must_use]
+    pub fn ended_fd(&self) -> BorrowedFd<'_> {
+        match (&self.place, self.ended) {
+            (Some(Place::Host(running)), None) => running.as_fd(),
+            (Some(Place::Namespace(namespace)), None) => namespace.ended_fd(),
+            _ => self.orders.as_fd(),
+        }
+    }
+
+    /// What the readable `reports_fd` says.
+    ///
+    /// # Errors
+    /// The errno of reading it.
+    pub fn report(&mut self) -> io::Result<Option<Step>> {
+        let mut bytes = [0; 2];
+        self.reports.read_exact(&mut bytes)?;
+        Ok(match bytes[0] {
+            b'h' => Some(Step::Held),
+            b'r' => Some(Step::Resumed),
+            _ => None,
+        })
+    }
+
+    /// The exit status behind the readable `ended_fd`.
+    pub fn end(&mut self) -> i32 {
+        let status = match &mut self.place {
+            Some(Place::Host(running)) => running.wait().ok().and_then(|status| status.code()),
+            Some(Place::Namespace(namespace)) => namespace.exit_status(),
+            None => None,
+        };
+        *self.ended.insert(status.unwrap_or(-1))
+    }
+
+    /// Lets the held tasks run.
+    ///
+    /// # Errors
+    /// The errno of writing the order.
+    pub fn run(&mut self) -> io::Result<()> {
+        self.orders.write_all(b"run\n")
+    }
+
+    /// What CRIU's log says about a failure.
+    #[must_use]
+    pub fn complaint(&self) -> String {
+        criu::complaint(&self.log)
+    }
+
+    /// Pid of the init of the tree's own PID namespace, if it has one.
+    #[must_use]
+    pub const fn init_pid(&self) -> Option<u32> {
+        match &self.place {
+            Some(Place::Namespace(namespace)) => Some(namespace.init_pid()),
+            _ => None,
+        }
+    }
+
+    /// Undoes the restore: nothing of the tree is left. `held` says whether it waits at the barrier.
+    pub fn abort(&mut self) {
+        match self.place.take() {
+            Some(Place::Namespace(mut namespace)) => namespace.kill(),
+            Some(Place::Host(mut running)) => {
+                // At the barrier CRIU kills its tree by itself; elsewhere it is taken down with it.
+                let _ = self.orders.write_all(b"no\n");
+                let patience = if self.ended.is_some() { Duration::ZERO } else { ABORT_PATIENCE };
+                let tree = descendants(running.pid());
+                if !waiting::readable_within(running.as_fd(), patience).unwrap_or(false) {
+                    kill_all(&tree);
+                }
+                running.kill();
+                kill_all(&tree);
+            }
+            None => {}
+        }
+    }
+
+    /// The tree runs: it is left to itself.
+    pub fn leave(mut self) {
+        if let Some(Place::Namespace(namespace)) = self.place.take() {
+            namespace.leave();
+        }
+    }
+}
+
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.to_string_lossy().replace('\'', "'\\''"))
+}
+
+/// Every process below `pid`, held by descriptor.
+fn descendants(pid: u32) -> Vec<kernel::pidfd::PidFd> {
+    let mut found = Vec::new();
+    let mut next = vec![pid];
+    while let Some(pid) = next.pop() {
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+        for thread in threads.flatten() {
+            let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            for child in children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()) {
+                found.extend(kernel::pidfd::PidFd::open(child));
+                next.push(child);
+            }
+        }
+    }
+    found
+}
+
+fn kill_all(processes: &[kernel::pidfd::PidFd]) {
+    for process in processes {
+        // Gone already is as good.
+        let _ = process.signal(nix::libc::SIGKILL);
+    }
+}

@@ -1,0 +1,227 @@
+//! Listens for moves: says hello to strangers, opens sessions, and brings their lanes to them.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use host::interrupt::Interrupt;
+use host::mailbox::{Post, mailbox};
+use host::report::Report;
+use host::waiting;
+use protocol::link::{ControlChannel, Endpoint, LinkError, Listener, Stream};
+use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret};
+
+use crate::limits;
+use crate::session::{Session, SessionConfig, SessionError};
+
+/// How a daemon serves.
+#[derive(Debug)]
+pub struct ServeConfig {
+    /// Where it listens.
+    pub listen: Endpoint,
+    /// What every session has in common.
+    pub session: SessionConfig,
+    /// End after the first move.
+    pub once: bool,
+    /// Where the report of each move goes.
+    pub json: Option<PathBuf>,
+}
+
+/// A daemon that could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// It could not listen.
+    #[error("{0}; choose another address or port, or end who listens there")]
+    Listen(#[from] LinkError),
+    /// A system call failed.
+    #[error("cannot serve: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The open sessions: their secret, and where their lanes are wanted.
+type Registry = Arc<Mutex<HashMap<SessionId, Entry>>>;
+
+#[derive(Debug)]
+struct Entry {
+    secret: SessionSecret,
+    lanes: Sender<(Role, Stream)>,
+}
+
+struct Finished {
+    status: u8,
+}
+
+/// Serves until interrupted, or with `once` until the first move is over; returns the exit status.
+///
+/// # Errors
+/// [`ServeError`].
+pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
+    let interrupt = Interrupt::install()?;
+    let listener = Listener::bind(&config.listen)?;
+    // Scripts wait for this line.
+    println!("listening on {}", listener.endpoint()?);
+    let _ = io::Write::flush(&mut io::stdout());
+    let registry = Registry::default();
+    let strangers = Arc::new(AtomicUsize::new(0));
+    let (done, finished) = mailbox()?;
+    // Closed when the daemon is told to stop: every session sees it.
+    let (stop, stopped) = UnixStream::pair()?;
+    let mut stop = Some(stop);
+    let context = Arc::new(Context {
+        session: config.session,
+        json: config.json,
+        once: config.once,
+        stopped: Arc::new(stopped),
+        done,
+        registry: registry.clone(),
+    });
+    loop {
+        let fds = [interrupt.as_fd(), finished.as_fd(), listener.as_fd()];
+        let [interrupted, over, connected] = waiting::readable(fds, None)?;
+        if interrupted && interrupt.take() {
+            stop = None;
+            if lock(&registry).is_empty() {
+                return Ok(0);
+            }
+            tracing::warn!("moves that have not switched over are rolled back; others finish first");
+        }
+        if over {
+            for Finished { status } in finished.empty() {
+                if context.once || (stop.is_none() && lock(&registry).is_empty()) {
+                    return Ok(status);
+                }
+            }
+        }
+        if connected {
+            match listener.accept() {
+                Ok(stream) if strangers.load(Ordering::Relaxed) < limits::STRANGERS_MAX => {
+                    strangers.fetch_add(1, Ordering::Relaxed);
+                    let (context, strangers) = (context.clone(), strangers.clone());
+                    std::thread::spawn(move || {
+                        let opened = context.greet(stream);
+                        strangers.fetch_sub(1, Ordering::Relaxed);
+                        if let Some(session) = opened {
+                            context.run(session);
+                        }
+                    });
+                }
+                // Too many at once: the connection is dropped, honest peers dial again.
+                Ok(stream) => tracing::warn!(peer = stream.peer(), "too many connections without a hello"),
+                Err(error) => tracing::warn!("accept failed: {error}"),
+            }
+        }
+    }
+}
+
+fn lock(registry: &Registry) -> std::sync::MutexGuard<'_, HashMap<SessionId, Entry>> {
+    registry.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Context {
+    session: SessionConfig,
+    json: Option<PathBuf>,
+    once: bool,
+    stopped: Arc<UnixStream>,
+    done: Post<Finished>,
+    registry: Registry,
+}
+
+impl Context {
+    /// Reads a stranger's hello: opens a session, or brings a lane to one.
+    fn greet(&self, stream: Stream) -> Option<(SessionId, Session)> {
+        let peer = stream.peer();
+        let hello = match stream.read_hello() {
+            Ok(Ok(hello)) => hello,
+            Ok(Err(error)) => {
+                tracing::warn!(peer, "{error}");
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!(peer, "no hello: {error}");
+                return None;
+            }
+        };
+        let verdict = hello.negotiate().and_then(|version| self.admit(&hello).map(|lanes| (version, lanes)));
+        let reply = verdict.as_ref().map(|(version, _)| *version).map_err(|refusal| *refusal);
+        if let Err(error) = stream.answer(hello.role, reply) {
+            tracing::warn!(peer, "hello could not be answered: {error}");
+            self.forget(&hello);
+            return None;
+        }
+        match verdict {
+            Ok((_, Admitted::Lane(lanes))) => {
+                // The session may have ended meanwhile.
+                let _ = lanes.send((hello.role, stream));
+                None
+            }
+            Ok((_, Admitted::Session(lanes))) => {
+                let control = ControlChannel::new(stream).ok()?;
+                let stopped = self.stopped.clone();
+                Some((hello.session, Session::new(self.session.clone(), &hello, control, lanes, stopped)))
+            }
+            Err(refusal) => {
+                tracing::warn!(peer, "refused: {refusal}");
+                None
+            }
+        }
+    }
+
+    fn admit(&self, hello: &Hello) -> Result<Admitted, Refusal> {
+        let mut registry = lock(&self.registry);
+        match (hello.role, registry.get(&hello.session)) {
+            (Role::Control, None) if registry.len() < limits::SESSIONS_MAX => {
+                let (sender, lanes) = channel();
+                registry.insert(hello.session, Entry { secret: hello.secret, lanes: sender });
+                Ok(Admitted::Session(lanes))
+            }
+            (Role::Control, None) => Err(Refusal::Busy),
+            (Role::Fault | Role::Push, Some(entry)) if entry.secret == hello.secret => {
+                Ok(Admitted::Lane(entry.lanes.clone()))
+            }
+            _ => Err(Refusal::Session),
+        }
+    }
+
+    fn forget(&self, hello: &Hello) {
+        if hello.role == Role::Control {
+            lock(&self.registry).remove(&hello.session);
+        }
+    }
+
+    fn run(&self, (id, session): (SessionId, Session)) {
+        let (report, result) = session.run();
+        lock(&self.registry).remove(&id);
+        self.publish(&report, &result);
+        let refused = matches!(result, Err(SessionError::Refused(_)));
+        let status = match &result {
+            Err(SessionError::Refused(_)) => 2,
+            _ => report.outcome.exit_status(),
+        };
+        // A refusal is no move: a daemon that serves one move goes on waiting for it.
+        if !(refused && self.once) {
+            self.done.send(Finished { status });
+        }
+    }
+
+    fn publish(&self, report: &Report, result: &Result<(), SessionError>) {
+        if let Some(path) = &self.json {
+            if let Err(error) = report.write_json(path) {
+                tracing::error!("cannot write {}: {error}", path.display());
+            }
+        }
+        match result {
+            Ok(()) => tracing::info!(session = report.session, "{}", report.in_words()),
+            Err(error) => tracing::error!(session = report.session, "{error}"),
+        }
+    }
+}
+
+enum Admitted {
+    Session(std::sync::mpsc::Receiver<(Role, Stream)>),
+    Lane(Sender<(Role, Stream)>),
+}

@@ -1,0 +1,352 @@
+//! A tree that is being restored, and the threads that feed it.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use host::mailbox::{Mailbox, Post, mailbox};
+use host::waiting;
+use host::workdir::WorkDir;
+use kernel::uffd::{Probe, Uffd};
+use protocol::criu::checkpoint::Checkpoint;
+use protocol::lazy_map::LazyMap;
+use protocol::link::{ControlChannel, ControlError, Stream};
+use protocol::units::TaskId;
+use protocol::wire::control::{Control, Offer};
+
+use super::{ByteCount, SessionConfig};
+use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
+use crate::handover::{HandoverSocket, ReceiveError};
+use crate::keeper::KeeperHandle;
+use crate::limits;
+use crate::pidns::PidNamespace;
+use crate::preflight;
+use crate::push::{PushError, PushLane};
+use crate::restore::{PidPlace, Restore, Step};
+use crate::tree::Tree;
+use crate::upstream::FaultLane;
+
+/// A failure behind the switchover.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) reason: String,
+}
+
+impl Failure {
+    pub(super) fn lost(error: &ControlError) -> Self {
+        Self { reason: format!("lost the source: {error}") }
+    }
+
+    pub(super) fn io(error: std::io::Error) -> Self {
+        Self { reason: error.to_string() }
+    }
+}
+
+/// A tree that is being restored, and the threads that feed it.
+pub(super) struct BroughtUp {
+    pub(super) tree: Arc<Tree>,
+    pub(super) map: LazyMap,
+    pub(super) latency: LatencyHistogram,
+    pub(super) notices: Mailbox<Notice>,
+    pub(super) pushed: Mailbox<Result<(), PushError>>,
+    pub(super) push_bytes: ByteCount,
+    pub(super) frozen_at: Option<Instant>,
+    fault_bytes: ByteCount,
+    push_post: Post<Result<(), PushError>>,
+    push_lane: Option<Stream>,
+    push_thread: Option<JoinHandle<()>>,
+    commands: Post<Command>,
+    fault_thread: Option<JoinHandle<()>>,
+    handed_over: Mailbox<Result<(), ReceiveError>>,
+    handover_thread: Option<JoinHandle<()>>,
+    cancel_handover: Option<UnixStream>,
+    keeper: KeeperHandle,
+    restore: Option<Restore>,
+    /// Gone with the move; holds images, logs and the FIFOs of the barrier.
+    _dir: WorkDir,
+}
+
+impl BroughtUp {
+    /// Starts everything that a restore needs, and the restore.
+    pub(super) fn start(
+        config: &SessionConfig,
+        offer: &Offer,
+        dir: WorkDir,
+        options: &[OsString],
+        fault: Stream,
+        push: Stream,
+    ) -> Result<Self, String> {
+        let failed = |what: &'static str| move |error: std::io::Error| format!("cannot {what}: {error}");
+        let checkpoint =
+            Checkpoint::open(&dir.path().join("images")).map_err(|error| error.to_string())?;
+        let live = checkpoint.tasks.iter().filter(|task| task.alive);
+        let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
+        let map = map.map_err(|error| error.to_string())?;
+        let every_task: Vec<TaskId> = checkpoint.tasks.iter().map(|task| task.id).collect();
+        let tree = Tree::new(&map);
+
+        let keeper = KeeperHandle::start().map_err(failed("start the keeper"))?;
+        let latency = latency_histogram();
+        let (notice_post, notices) = mailbox().map_err(failed("make a mailbox"))?;
+        let (commands, orders) = mailbox().map_err(failed("make a mailbox"))?;
+        let fault_bytes = Arc::new(AtomicU64::new(0));
+        let fault_thread = {
+            let lane = FaultLane::new(fault, fault_bytes.clone());
+            let fault_loop = FaultLoop::new(
+                tree.clone(),
+                lane,
+                orders,
+                notice_post,
+                Some(keeper.clone()),
+                latency.clone(),
+            );
+            std::thread::Builder::new()
+                .name("fault".into())
+                .spawn(move || drop(fault_loop.run()))
+                .map_err(failed("start a thread"))?
+        };
+        let (push_post, pushed) = mailbox().map_err(failed("make a mailbox"))?;
+        let socket = HandoverSocket::bind(dir.path()).map_err(failed("listen for the hand-over"))?;
+        let (cancel_handover, cancelled) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+        let (handed, handed_over) = mailbox().map_err(failed("make a mailbox"))?;
+        let handover_thread = {
+            let (tree, commands, keeper) = (tree.clone(), commands.clone(), keeper.clone());
+            std::thread::spawn(move || {
+                let result = socket.receive(every_task, cancelled.as_fd(), |task, uffd| {
+                    keeper.hold(uffd.as_fd());
+                    // A task without lazy pages may still fault on fresh memory.
+                    if let Some(family) = tree.position(task) {
+                        commands.send(Command::Serve { family, uffd });
+                    }
+                });
+                handed.send(result.map(drop));
+            })
+        };
+        let mut this = Self {
+            tree,
+            map,
+            latency,
+            notices,
+            pushed,
+            push_bytes: Arc::new(AtomicU64::new(0)),
+            frozen_at: None,
+            fault_bytes,
+            push_post,
+            push_lane: Some(push),
+            push_thread: None,
+            commands,
+            fault_thread: Some(fault_thread),
+            handed_over,
+            handover_thread: Some(handover_thread),
+            cancel_handover: Some(cancel_handover),
+            keeper,
+            restore: None,
+            _dir: dir,
+        };
+        match this.start_restore(config, offer, options) {
+            Ok(()) => Ok(this),
+            Err(reason) => {
+                this.tear_down();
+                Err(reason)
+            }
+        }
+    }
+
+    fn start_restore(
+        &mut self,
+        config: &SessionConfig,
+        offer: &Offer,
+        options: &[OsString],
+    ) -> Result<(), String> {
+        let used = preflight::first_used(&offer.pids);
+        let namespace = match (config.place, used) {
+            (PidPlace::Host, _) | (PidPlace::Auto, None) => None,
+            (PidPlace::New, _) | (PidPlace::Auto, Some(_)) => Some(
+                PidNamespace::create().map_err(|error| format!("cannot make a PID namespace: {error}"))?,
+            ),
+        };
+        let highest = offer.pids.iter().copied().max().unwrap_or(1);
+        let restore = Restore::start(&config.criu, self._dir.path(), namespace, highest, options);
+        self.restore = Some(restore.map_err(|error| format!("cannot start criu restore: {error}"))?);
+        Ok(())
+    }
+
+    fn restore(&mut self) -> Result<&mut Restore, Failure> {
+        self.restore.as_mut().ok_or_else(|| Failure { reason: "the restore has ended".into() })
+    }
+
+    /// Waits until the tree is restored and held, and checks that its lazy areas are ours to fill.
+    pub(super) fn wait_held(
+        &mut self,
+        control: &ControlChannel,
+        interrupt: &UnixStream,
+    ) -> Result<(), String> {
+        let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        loop {
+            let restore = self.restore.as_mut().ok_or("the restore has ended")?;
+            let fds = [restore.reports_fd(), restore.ended_fd(), control.as_fd(), interrupt.as_fd()];
+            let ready = waiting::readable(fds, Some(deadline)).map_err(|error| error.to_string())?;
+            match ready {
+                [_, _, _, true] => return Err("interrupted at the destination".into()),
+                [_, _, true, _] => {
+                    return Err(match control.receive() {
+                        Ok(Control::Abort(reason)) => format!("the source called it off: {reason}"),
+                        Ok(other) => other.out_of_order("nothing").to_string(),
+                        Err(error) => format!("lost the source: {error}"),
+                    });
+                }
+                [true, ..] => {
+                    if restore.report().map_err(|error| error.to_string())? == Some(Step::Held) {
+                        return self.check_registered();
+                    }
+                }
+                [_, true, ..] => {
+                    restore.end();
+                    let mut reason = format!("criu restore failed: {}", restore.complaint());
+                    for error in self.handed_over.empty().into_iter().filter_map(Result::err) {
+                        reason.push_str(&format!(" ({error})"));
+                    }
+                    return Err(reason);
+                }
+                _ => return Err(format!("criu restore took longer than {:?}", limits::RESTORE_TIMEOUT)),
+            }
+        }
+    }
+
+    /// CRIU leaves an area unregistered when it happens to be mapped where it belongs at once; its missing
+    /// pages would read as zero. Refused while it can still be undone.
+    fn check_registered(&self) -> Result<(), String> {
+        for position in 0..self.tree.len() {
+            let family = self.tree.lock(position);
+            if family.map().pages == 0 {
+                continue;
+            }
+            let Some(unregistered) = family.first_unregistered(|uffd: &Arc<Uffd>, at| {
+                matches!(uffd.probe(at.get()), Ok(Probe::Unregistered))
+            }) else {
+                continue;
+            };
+            let task = family.task();
+            return Err(format!(
+                "criu restore left lazy memory of task {task} at {unregistered} unregistered; try again"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Lets the tasks run; returns when they did.
+    pub(super) fn run(&mut self, control: &ControlChannel) -> Result<Instant, Failure> {
+        self.restore()?.run().map_err(Failure::io)?;
+        let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        let mut resumed = None;
+        let mut finished = false;
+        loop {
+            let restore = self.restore.as_mut().ok_or(Failure { reason: "the restore has ended".into() })?;
+            let fds =
+                [restore.reports_fd(), restore.ended_fd(), self.handed_over.as_fd()];
+            let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
+            match ready {
+                [true, ..] => {
+                    if restore.report().map_err(Failure::io)? == Some(Step::Resumed) {
+                        resumed = resumed.or(Some(Instant::now()));
+                    }
+                }
+                [_, true, _] => {
+                    let status = restore.end();
+                    if status != 0 {
+                        let complaint = restore.complaint();
+                        let reason = format!("criu restore failed behind the switchover ({status}): {complaint}");
+                        // The source must know, although it will not resume.
+                        let _ = control.send(&Control::Abort(reason.clone()));
+                        return Err(Failure { reason });
+                    }
+                    resumed = resumed.or(Some(Instant::now()));
+                }
+                [_, _, true] => {
+                    for result in self.handed_over.empty() {
+                        result.map_err(|error| Failure { reason: error.to_string() })?;
+                        finished = true;
+                    }
+                }
+                _ => return Err(Failure { reason: "criu restore did not let the tasks run".into() }),
+            }
+            if let (Some(at), true) = (resumed, finished) {
+                self.commands.send(Command::Running);
+                return Ok(at);
+            }
+        }
+    }
+
+    /// Starts to install what is pushed.
+    pub(super) fn start_push(&mut self) {
+        let Some(stream) = self.push_lane.take() else { return };
+        let kept = stream.try_clone();
+        let lane = PushLane::new(stream, self.tree.clone(), self.push_bytes.clone());
+        let post = self.push_post.clone();
+        self.push_lane = kept.ok();
+        self.push_thread = std::thread::Builder::new()
+            .name("push".into())
+            .spawn(move || post.send(lane.run()))
+            .ok();
+    }
+
+    /// Bytes received on the fault lane.
+    pub(super) fn fault_bytes(&self) -> u64 {
+        self.fault_bytes.load(Ordering::Relaxed)
+    }
+
+    fn stop_threads(&mut self) {
+        self.commands.send(Command::Stop);
+        self.cancel_handover = None;
+        if let Some(lane) = &self.push_lane {
+            lane.shutdown();
+        }
+        let threads = [self.handover_thread.take(), self.fault_thread.take(), self.push_thread.take()];
+        for thread in threads.into_iter().flatten() {
+            let _ = thread.join();
+        }
+    }
+
+    /// Before the switchover: nothing of the tree is left.
+    pub(super) fn tear_down(&mut self) {
+        if let Some(mut restore) = self.restore.take() {
+            restore.abort();
+        }
+        self.stop_threads();
+        self.keeper.dismiss();
+    }
+
+    /// Every page has arrived: the userfaultfds are closed, the tree is left to itself.
+    pub(super) fn finish(mut self) {
+        self.stop_threads();
+        self.keeper.dismiss();
+        if let Some(mut restore) = self.restore.take() {
+            // With --restore-detached CRIU ends by itself right behind the resume.
+            if waiting::readable_within(restore.ended_fd(), Duration::from_secs(10)).unwrap_or(false) {
+                restore.end();
+            }
+            restore.leave();
+        }
+    }
+
+    /// Behind the switchover, without the source: the keeper goes on holding the userfaultfds, so tasks that
+    /// touch a missing page wait. Returns what to tell the operator.
+    pub(super) fn pause(mut self, reason: &str) -> String {
+        self.stop_threads();
+        if let Some(restore) = self.restore.take() {
+            restore.leave();
+        }
+        let missing = self.tree.remote_pages();
+        let keeper = self.keeper.pid().map_or_else(String::new, |pid| pid.to_string());
+        format!(
+            "{reason}\nThe switchover was passed: the process belongs here, and {missing} of its {} pages have not \
+             arrived. Its threads wait where they touch one; process {keeper} keeps them from reading zeros. \
+             Killing the tasks ends it.",
+            self.tree.pages()
+        )
+    }
+}

@@ -1,0 +1,138 @@
+//! The restored tree: one [`Family`] per task, and how much of it is still remote.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use kernel::uffd::Uffd;
+use protocol::lazy_map::LazyMap;
+use protocol::units::TaskId;
+use protocol::wire::control::PageCounts;
+use protocol::wire::frame::TaskRun;
+
+use crate::pages::Family;
+
+/// A family whose installers are real userfaultfds.
+pub type TaskFamily = Family<Arc<Uffd>>;
+
+/// What the threads of one move share.
+#[derive(Debug)]
+pub struct Tree {
+    families: Vec<Mutex<TaskFamily>>,
+    by_task: HashMap<TaskId, usize>,
+    total: u64,
+    /// Faults that were asked for and have not been answered: the push lets them pass.
+    pub demand_outstanding: AtomicU32,
+    settled_at: OnceLock<Instant>,
+}
+
+impl Tree {
+    /// The tree of a checkpoint; nothing has been handed over yet.
+    #[must_use]
+    pub fn new(map: &LazyMap) -> Arc<Self> {
+        let families = map.tasks().iter().map(|task| Mutex::new(Family::new(task.clone()))).collect();
+        let by_task = map.tasks().iter().enumerate().map(|(i, task)| (task.id, i)).collect();
+        Arc::new(Self {
+            families,
+            by_task,
+            total: map.pages(),
+            demand_outstanding: AtomicU32::new(0),
+            settled_at: OnceLock::new(),
+        })
+    }
+
+    /// Lazy pages of the whole tree.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.total
+    }
+
+    /// Number of families.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.families.len()
+    }
+
+    /// Whether there is no task at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.families.is_empty()
+    }
+
+    /// Position of a task's family.
+    #[must_use]
+    pub fn position(&self, task: TaskId) -> Option<usize> {
+        self.by_task.get(&task).copied()
+    }
+
+    /// A family, exclusively: its events are not read while this is held, and nothing else is installed.
+    ///
+    /// # Panics
+    /// If `position` did not come from [`Tree::position`].
+    pub fn lock(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
+        // A panic of another thread cannot leave a family half-changed in a way that loses pages: bits are
+        // cleared only after a page was installed.
+        self.families[position].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pages some space still misses.
+    #[must_use]
+    pub fn remote_pages(&self) -> u64 {
+        (0..self.families.len()).map(|position| self.lock(position).remote_pages()).sum()
+    }
+
+    /// Notes the moment when nothing is remote any more; true from then on.
+    pub fn check_settled(&self) -> bool {
+        if self.settled_at.get().is_some() {
+            return true;
+        }
+        let settled = self.remote_pages() == 0;
+        if settled {
+            let _ = self.settled_at.set(Instant::now());
+        }
+        settled
+    }
+
+    /// When the last page was settled.
+    #[must_use]
+    pub fn settled_at(&self) -> Option<Instant> {
+        self.settled_at.get().copied()
+    }
+
+    /// Appends settled runs of the whole tree that were not reported yet, until there are `most`.
+    pub fn acknowledge(&self, most: usize, runs: &mut Vec<TaskRun>) {
+        for position in 0..self.families.len() {
+            let mut family = self.lock(position);
+            let pages = family.map().pages;
+            family.acknowledge(0, pages, most, runs);
+        }
+    }
+
+    /// Whether every page was reported as settled.
+    #[must_use]
+    pub fn all_acknowledged(&self) -> bool {
+        (0..self.families.len()).all(|position| self.lock(position).all_acknowledged())
+    }
+
+    /// Whether somebody waits for a fault: then the push lets go of the processor.
+    #[must_use]
+    pub fn demand_waits(&self) -> bool {
+        self.demand_outstanding.load(Ordering::Relaxed) > 0
+    }
+
+    /// The account of the whole tree.
+    #[must_use]
+    pub fn counts(&self) -> PageCounts {
+        let mut sum = PageCounts::default();
+        for position in 0..self.families.len() {
+            let counts = self.lock(position).counts();
+            sum.lazy += counts.lazy;
+            sum.demand += counts.demand;
+            sum.push += counts.push;
+            sum.gone += counts.gone;
+            sum.redundant += counts.redundant;
+        }
+        sum
+    }
+}
