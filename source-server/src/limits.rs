@@ -30,3 +30,5 @@ pub const CRIU_CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 pub const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long killed tasks may take to disappear; freeing many GiB takes a while.
 pub const KILL_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long to wait for the destination's reason once one of its lanes has ended.
+pub const REASON_PATIENCE: Duration = Duration::from_secs(3);

@@ -4,12 +4,13 @@
 //! - [`cli`]: the command line
 //! - [`serve`]: listens for moves; [`session`]: one move, phase by phase
 //! - [`lazy_pages`]: the drop-in for `criu lazy-pages`
-//! - [`preflight`], [`restore`], [`pidns`], [`handover`]: bringing the tree up, held at a barrier
+//! - [`preflight`], [`restore`], [`barrier`], [`pidns`], [`handover`]: bringing the tree up, held back
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
 //! - [`fault`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies
 #![forbid(unsafe_code)]
 
+pub mod barrier;
 pub mod cli;
 pub mod fault;
 pub mod handover;

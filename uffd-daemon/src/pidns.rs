@@ -13,6 +13,7 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 
 use kernel::pidfd::PidFd;
@@ -21,6 +22,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+
+use crate::barrier;
 
 /// Name of the verb that unshares.
 pub const OUTER_VERB: &str = "pidns-outer";
@@ -62,13 +65,22 @@ impl PidNamespace {
         self.init_pid
     }
 
-    /// Starts the command in the namespace; pids above `keep_free_below` are used for it and its helpers.
+    /// Starts the command in the namespace, with the barrier's socket in its environment; pids above
+    /// `keep_free_below` are used for it and its helpers.
     ///
     /// # Errors
     /// A broken pipe if the namespace is gone.
-    pub fn start(&mut self, program: &str, args: &[String], keep_free_below: u32) -> io::Result<()> {
+    pub fn start(
+        &mut self,
+        program: &str,
+        args: &[String],
+        barrier: &Path,
+        keep_free_below: u32,
+    ) -> io::Result<()> {
         let mut orders = self.orders.take().ok_or(io::ErrorKind::BrokenPipe)?;
-        let order = serde_json::json!({ "program": program, "args": args, "last_pid": keep_free_below });
+        let order = serde_json::json!({
+            "program": program, "args": args, "barrier": barrier, "last_pid": keep_free_below
+        });
         orders.write_all(format!("{order}\n").as_bytes())
     }
 
@@ -148,6 +160,7 @@ fn init() -> io::Result<()> {
         std::fs::write("/proc/sys/kernel/ns_last_pid", last.to_string())?;
     }
     let mut command = Command::new(program);
+    command.env(barrier::SOCKET, order["barrier"].as_str().unwrap_or_default());
     command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let child = command.spawn()?;
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);

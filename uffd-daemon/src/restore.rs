@@ -1,13 +1,9 @@
-//! `criu restore --lazy-pages`, held at a barrier before the tasks' first instruction.
-//!
-//! CRIU calls its action script at `post-restore`, when everything is restored and the network is still
-//! locked; a script that fails there makes it kill what it restored. The script here is a line of shell
-//! that reports through one FIFO and waits for an order on another.
+//! `criu restore --lazy-pages`, held at a [`Barrier`] before the tasks' first instruction.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -15,8 +11,8 @@ use std::time::Duration;
 use host::criu::{self, Criu, Running};
 use host::waiting;
 use kernel::spawn::CommandSetup;
-use nix::sys::stat::Mode;
 
+use crate::barrier::{self, Barrier, Report};
 use crate::pidns::PidNamespace;
 
 /// Which PID namespace a restored tree gets.
@@ -44,21 +40,11 @@ enum Place {
 #[derive(Debug)]
 pub struct Restore {
     place: Option<Place>,
-    reports: File,
-    orders: File,
+    barrier: Barrier,
+    /// Never readable: stands in for what has ended.
+    silence: (UnixStream, UnixStream),
     log: PathBuf,
     ended: Option<i32>,
-}
-
-/// What a restore does next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Restored and held at the barrier.
-    Held,
-    /// The tasks run.
-    Resumed,
-    /// CRIU has ended with this status.
-    Ended(i32),
 }
 
 impl Restore {
@@ -74,48 +60,33 @@ impl Restore {
         highest_pid: u32,
         options: &[OsString],
     ) -> io::Result<Self> {
-        let fifo = |name: &str| -> io::Result<(PathBuf, File)> {
-            let path = dir.join(name);
-            nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
-            // Open both ways: it never waits for the other side and never sees its end.
-            let file = File::options().read(true).write(true).open(&path)?;
-            Ok((path, file))
-        };
-        let (report_path, reports) = fifo("reports")?;
-        let (order_path, orders) = fifo("orders")?;
+        let barrier = Barrier::new(dir)?;
         let log = dir.join("restore.log");
-        let script = format!(
-            "case \"$CRTOOLS_SCRIPT_ACTION\" in \
-             post-restore) echo h >{report}; read order <{order} && [ \"$order\" = run ];; \
-             post-resume) echo r >{report};; esac",
-            report = quoted(&report_path),
-            order = quoted(&order_path),
-        );
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let mut args = vec!["restore".to_owned(), "--images-dir".into(), text(&dir.join("images"))];
         args.extend(["--work-dir".to_owned(), text(dir), "--log-file".into(), text(&log)]);
         args.extend(["-v1", "--lazy-pages", "--restore-detached", "--action-script"].map(str::to_owned));
-        args.push(script);
+        args.push(text(&std::env::current_exe()?));
         args.extend(options.iter().map(|option| option.to_string_lossy().into_owned()));
         let place = match namespace {
             Some(mut namespace) => {
                 // Room for CRIU and for the programs it starts.
-                namespace.start(&text(&criu.path), &args, highest_pid + 1)?;
+                namespace.start(&text(&criu.path), &args, barrier.path(), highest_pid + 1)?;
                 Place::Namespace(namespace)
             }
             None => {
                 let mut command = Command::new(&criu.path);
-                command.args(&args).own_session();
+                command.args(&args).env(barrier::SOCKET, barrier.path()).own_session();
                 Place::Host(Running::start(&mut command, log.clone())?)
             }
         };
-        Ok(Self { place: Some(place), reports, orders, log, ended: None })
+        Ok(Self { place: Some(place), barrier, silence: UnixStream::pair()?, log, ended: None })
     }
 
     /// Readable when the restore reports.
     #[must_use]
     pub fn reports_fd(&self) -> BorrowedFd<'_> {
-        self.reports.as_fd()
+        self.barrier.as_fd()
     }
 
     /// Readable when CRIU has ended; never again once that was seen.
@@ -124,7 +95,7 @@ impl Restore {
         match (&self.place, self.ended) {
             (Some(Place::Host(running)), None) => running.as_fd(),
             (Some(Place::Namespace(namespace)), None) => namespace.ended_fd(),
-            _ => self.orders.as_fd(),
+            _ => self.silence.0.as_fd(),
         }
     }
 
@@ -132,14 +103,8 @@ impl Restore {
     ///
     /// # Errors
     /// The errno of reading it.
-    pub fn report(&mut self) -> io::Result<Option<Step>> {
-        let mut bytes = [0; 2];
-        self.reports.read_exact(&mut bytes)?;
-        Ok(match bytes[0] {
-            b'h' => Some(Step::Held),
-            b'r' => Some(Step::Resumed),
-            _ => None,
-        })
+    pub fn report(&mut self) -> io::Result<Option<Report>> {
+        self.barrier.report()
     }
 
     /// The exit status behind the readable `ended_fd`.
@@ -155,9 +120,9 @@ impl Restore {
     /// Lets the held tasks run.
     ///
     /// # Errors
-    /// The errno of writing the order.
+    /// `BrokenPipe` if CRIU is gone.
     pub fn run(&mut self) -> io::Result<()> {
-        self.orders.write_all(b"run\n")
+        self.barrier.run()
     }
 
     /// What CRIU's log says about a failure.
@@ -175,13 +140,13 @@ impl Restore {
         }
     }
 
-    /// Undoes the restore: nothing of the tree is left. `held` says whether it waits at the barrier.
+    /// Undoes the restore: nothing of the tree is left.
     pub fn abort(&mut self) {
         match self.place.take() {
             Some(Place::Namespace(mut namespace)) => namespace.kill(),
             Some(Place::Host(mut running)) => {
                 // At the barrier CRIU kills its tree by itself; elsewhere it is taken down with it.
-                let _ = self.orders.write_all(b"no\n");
+                self.barrier.refuse();
                 let patience = if self.ended.is_some() { Duration::ZERO } else { ABORT_PATIENCE };
                 let tree = descendants(running.pid());
                 if !waiting::readable_within(running.as_fd(), patience).unwrap_or(false) {
@@ -200,10 +165,6 @@ impl Restore {
             namespace.leave();
         }
     }
-}
-
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.to_string_lossy().replace('\'', "'\\''"))
 }
 
 /// Every process below `pid`, held by descriptor.

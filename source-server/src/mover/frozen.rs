@@ -216,19 +216,32 @@ impl<'a> Frozen<'a> {
         session: &Session,
         running: &mut Running,
     ) -> Result<(), Why> {
-        let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        let mut deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        let mut lane_ended = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let next = session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left);
             match next.map_err(|error| format!("lost the destination: {error}"))? {
-                Next::Message(Control::Prepared) => return Ok(()),
+                Next::Message(Control::Prepared) => match lane_ended {
+                    None => return Ok(()),
+                    Some(why) => return Err(why),
+                },
                 Next::Message(Control::Abort(reason)) => return Err(format!("destination: {reason}").into()),
                 Next::Message(other) => {
                     return Err(other.out_of_order("prepared").to_string().into());
                 }
-                Next::Other(0) => self.take_notices(running)?,
+                Next::Other(0) => {
+                    if let Err(why) = self.take_notices(running) {
+                        // A destination that gives up closes its lanes; its reason is on the way.
+                        lane_ended = Some(why);
+                        deadline = deadline.min(Instant::now() + limits::REASON_PATIENCE);
+                    }
+                }
                 Next::Other(_) => return Err("interrupted".to_owned().into()),
                 Next::TimedOut => {
+                    if let Some(why) = lane_ended {
+                        return Err(why);
+                    }
                     return Err(format!("restore took longer than {:?}", limits::RESTORE_TIMEOUT).into());
                 }
             }

@@ -19,6 +19,7 @@ use protocol::units::TaskId;
 use protocol::wire::control::{Control, Offer};
 
 use super::{ByteCount, SessionConfig};
+use crate::barrier::Report;
 use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
 use crate::handover::{HandoverSocket, ReceiveError};
 use crate::keeper::KeeperHandle;
@@ -26,7 +27,7 @@ use crate::limits;
 use crate::pidns::PidNamespace;
 use crate::preflight;
 use crate::push::{PushError, PushLane};
-use crate::restore::{PidPlace, Restore, Step};
+use crate::restore::{PidPlace, Restore};
 use crate::tree::Tree;
 use crate::upstream::FaultLane;
 
@@ -200,7 +201,7 @@ impl BroughtUp {
                     });
                 }
                 [true, ..] => {
-                    if restore.report().map_err(|error| error.to_string())? == Some(Step::Held) {
+                    if restore.report().map_err(|error| error.to_string())? == Some(Report::Held) {
                         return self.check_registered();
                     }
                 }
@@ -251,7 +252,7 @@ impl BroughtUp {
             let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
             match ready {
                 [true, ..] => {
-                    if restore.report().map_err(Failure::io)? == Some(Step::Resumed) {
+                    if restore.report().map_err(Failure::io)? == Some(Report::Resumed) {
                         resumed = resumed.or(Some(Instant::now()));
                     }
                 }
