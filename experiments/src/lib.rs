@@ -1,2 +1,26 @@
-//! Workloads and experiments.
+//! Workloads, the network lab, the demo and fault-latency experiments.
+//!
+//! - [`workload`]: what every workload shares: status lines, orders, starting and steering it
+//! - [`stamp`]: a process that knows what must be in every page of its memory
+//! - [`touch`]: a process that measures its first read of each page
+//! - [`lab`]: hosts that are network namespaces
+//! - [`redis`], [`kv`]: a server to move and a client that checks every reply
+//! - [`report`]: what the two sides of a move report, and latencies
+//! - [`demo`]: a redis under load moves, and its client keeps its connection
+//! - [`scenario`]: the experiments by name
+//! - [`cli`]: the command line of the `experiments` binary
+//! - [`random`], [`clock`]: numbers that can be repeated, time that can be compared
 #![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod clock;
+pub mod demo;
+pub mod kv;
+pub mod lab;
+pub mod random;
+pub mod redis;
+pub mod report;
+pub mod scenario;
+pub mod stamp;
+pub mod touch;
+pub mod workload;

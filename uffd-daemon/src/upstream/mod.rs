@@ -78,4 +78,8 @@ pub trait Upstream: Send {
     /// # Errors
     /// [`UpstreamError`].
     fn finish(&mut self) -> Result<(), UpstreamError>;
+
+    /// Ends the session so that the source takes it for a failure: a `criu dump` that waits resumes its
+    /// tasks. Only before the restored tasks have run.
+    fn reset(&mut self) {}
 }

@@ -1,0 +1,148 @@
+//! The command line of `experiments`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::{Args, Parser, Subcommand};
+
+use crate::report::MoveReport;
+use crate::workload::report_failure;
+use crate::{demo, kv, scenario, stamp, touch};
+
+/// Workloads, fault-latency experiments and the demo of post-copy migration.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What every subcommand takes.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Common {
+    /// CRIU to use
+    #[arg(long, global = true, env = "CRIU")]
+    pub criu: Option<PathBuf>,
+    /// Allow plain tcp off loopback; between the hosts of a lab it always is
+    #[arg(long, global = true)]
+    pub insecure: bool,
+    /// Where logs, reports and samples go
+    #[arg(long, global = true)]
+    pub work_dir: Option<PathBuf>,
+    /// Print the result only
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    /// Have the tools say more; may be repeated
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl Common {
+    /// Prints a line about progress, unless told to be quiet.
+    pub fn say(&self, text: &str) {
+        if !self.quiet {
+            println!("{text}");
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show which experiments there are
+    List,
+    /// Run an experiment
+    Run {
+        /// Its name, as `list` shows it
+        scenario: String,
+    },
+    /// Print reports that a move wrote with --json
+    Report {
+        /// The files
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Move a redis under load between two hosts that are network namespaces
+    Demo(demo::Options),
+    /// Be a process that is moved, or its client
+    #[command(subcommand, hide = true)]
+    Workload(Workload),
+}
+
+#[derive(Debug, Subcommand)]
+enum Workload {
+    /// Stamp every page and check the stamps
+    Stamp(stamp::Options),
+    /// Fill memory, wait, then measure the first read of each page
+    Touch(touch::Options),
+    /// Load a redis over one connection and check every reply
+    KvClient(kv::Options),
+}
+
+impl Workload {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Stamp(options) => report_failure(&options.files, stamp::run(&options)),
+            Self::Touch(options) => report_failure(&options.files, touch::run(&options)),
+            Self::KvClient(options) => report_failure(&options.files, kv::run(&options)),
+        }
+    }
+}
+
+impl Cli {
+    /// Does what was asked for; the result is the exit status.
+    ///
+    /// # Errors
+    /// If it cannot be done.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::List => list(),
+            Command::Run { scenario } => run(&scenario, &self.common),
+            Command::Report { files } => report(&files),
+            Command::Demo(options) => demo::run(&options, &self.common),
+            Command::Workload(workload) => workload.run(),
+        }
+    }
+}
+
+fn list() -> anyhow::Result<ExitCode> {
+    for scenario in scenario::ALL {
+        println!("{:<24} {}", scenario.name, scenario.about);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(name: &str, common: &Common) -> anyhow::Result<ExitCode> {
+    match scenario::find(name) {
+        Some(scenario) => (scenario.run)(common),
+        None => bail!("no experiment is called {name:?}; `experiments list` shows them"),
+    }
+}
+
+fn report(files: &[PathBuf]) -> anyhow::Result<ExitCode> {
+    for file in files {
+        println!("{}", MoveReport::read(file)?);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn common_flags_may_follow_the_subcommand() {
+        let cli =
+            Cli::try_parse_from(["experiments", "demo", "--mib", "64", "--criu", "/x/criu", "-vv"]).unwrap();
+        assert_eq!((cli.common.criu, cli.common.verbose), (Some("/x/criu".into()), 2));
+        assert!(matches!(cli.command, Command::Demo(options) if options.mib == 64));
+    }
+}

@@ -1,0 +1,227 @@
+//! The demo: a redis under load moves from one host to another while its client keeps its connection.
+//!
+//! ```text
+//!   source                             destination                      client
+//!   redis on 10.77.0.100                                                one connection to 10.77.0.100
+//!   source-server move  ----------->   uffd-daemon serve --once
+//!     post-dump: address removed         pre-restore: address added
+//!   redis gone                         redis, its pages arriving        same connection, every key verified
+//! ```
+
+mod tool;
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use anyhow::Context;
+use tempfile::TempDir;
+
+use crate::cli::Common;
+use crate::kv::{self, KvReport, Load};
+use crate::lab::{Host, Lab, SERVICE};
+use crate::redis::Redis;
+use crate::report::MoveReport;
+use crate::workload::Files;
+use tool::{Tool, beside, wait_listening};
+
+/// Where the daemon listens on the destination.
+const PORT: u16 = 7300;
+/// Limits, each several times what the step takes on a slow machine. A demo that hangs ends by itself.
+const LOAD_LIMIT: Duration = Duration::from_secs(120);
+const LISTEN_LIMIT: Duration = Duration::from_secs(30);
+const MOVE_LIMIT: Duration = Duration::from_secs(300);
+const AFTERWARDS_LIMIT: Duration = Duration::from_secs(120);
+/// Requests before and after the move that show the client at work.
+const REQUESTS_BEFORE: u64 = 5000;
+const REQUESTS_AFTER: u64 = 5000;
+const CLIENT_SECONDS: u64 = 900;
+
+/// What the demo is to do.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Options {
+    /// Data in redis
+    #[arg(long, default_value_t = 256)]
+    pub mib: u32,
+    /// Bytes of each value
+    #[arg(long, default_value_t = 1000)]
+    pub value_bytes: u32,
+    /// Requests per second of the client; 0: as many as possible
+    #[arg(long, default_value_t = 0)]
+    pub rate: u64,
+    /// Pre-copy rounds; 0 is pure post-copy
+    #[arg(long, default_value_t = 0)]
+    pub precopy_rounds: u32,
+    /// The link between the hosts
+    #[arg(long, default_value = "tcp")]
+    pub link: String,
+}
+
+/// Runs the demo and prints what happened. The exit status is 0 if everything it shows came true.
+///
+/// # Errors
+/// If it cannot be set up, or a step of it does not end in time.
+pub fn run(options: &Options, common: &Common) -> anyhow::Result<ExitCode> {
+    let (source_server, uffd_daemon) = (beside("source-server")?, beside("uffd-daemon")?);
+    for stale in Lab::sweep() {
+        common.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
+    }
+    Lab::remove_on_signal()?;
+    let work = WorkDir::new(common.work_dir.as_deref())?;
+    // Made first and so dropped last: with it ends whatever still runs in the hosts, the moved redis included.
+    let lab = Lab::new().context("making the hosts (this needs root)")?;
+    lab.add_address(Host::Source, SERVICE)?;
+    let mut redis = Redis::start(SERVICE, |program| lab.run_in(Host::Source, program))?;
+    common.say(&format!("source: redis, pid {}, on {}", redis.pid(), redis.address()));
+    let mut client = start_client(options, &lab, &redis, &work.path)?;
+    common.say(&format!("client: {} MiB written, load runs on one connection", options.mib));
+    client.wait_requests(REQUESTS_BEFORE, LOAD_LIMIT)?;
+
+    let (source_json, destination_json) = (work.path.join("source.json"), work.path.join("destination.json"));
+    let peer = format!("{}:{PORT}", Host::Destination.address());
+    let mut serve = lab.run_in(Host::Destination, &uffd_daemon);
+    serve.args(["serve", "--listen", &peer, "--once", "--link", &options.link, "--insecure", "--json"]);
+    serve.arg(&destination_json);
+    serve.arg("--hook").arg(format!("pre-restore={}", lab.add_address_command(SERVICE)));
+    finish(&mut serve, common, &work.path.join("destination"))?;
+    let mut serve = Tool::start("uffd-daemon", serve, work.path.join("uffd-daemon.log"))?;
+    wait_listening(&lab, Host::Destination, PORT, &serve, LISTEN_LIMIT)?;
+
+    let mut start = lab.run_in(Host::Source, &source_server);
+    start.args(["move", "--pid", &redis.pid().to_string(), "--to", &peer, "--link", &options.link]);
+    start.args(["--precopy-rounds", &options.precopy_rounds.to_string(), "--insecure", "--json"]);
+    start.arg(&source_json);
+    start.arg("--hook").arg(format!("post-dump={}", lab.remove_address_command(SERVICE)));
+    finish(&mut start, common, &work.path.join("source"))?;
+    common.say("moving");
+    let mut source = Tool::start("source-server", start, work.path.join("source-server.log"))?;
+    let source_status = source.wait(MOVE_LIMIT)?;
+    // After a move that was given up nobody connects to the daemon any more and the source stays: neither end is
+    // waited for, but whether the client goes on is still of interest.
+    let after = if source_status.success() { AFTERWARDS_LIMIT } else { Duration::ZERO };
+    let destination_ended = serve.wait(after).is_ok_and(|status| status.success());
+    let source_gone = redis.wait_gone(after).is_ok();
+    if !source_status.success() || !destination_ended {
+        eprintln!("{}\n{}", source.last_lines(), serve.last_lines());
+    }
+    let went_on = client.wait_requests(REQUESTS_AFTER, AFTERWARDS_LIMIT);
+    let client = client.quit(AFTERWARDS_LIMIT)?;
+    let outcome = Outcome {
+        source: MoveReport::read(&source_json).unwrap_or_default(),
+        destination: MoveReport::read(&destination_json).unwrap_or_default(),
+        client,
+        source_gone,
+        destination_ended,
+        went_on: went_on.is_ok(),
+        on_destination: lab.pids_in(Host::Destination).len(),
+    };
+    println!("{outcome}");
+    if outcome.is_good() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    work.keep();
+    Ok(ExitCode::FAILURE)
+}
+
+fn start_client(options: &Options, lab: &Lab, redis: &Redis, work: &Path) -> anyhow::Result<kv::Handle> {
+    let bytes = u64::from(options.mib) << 20;
+    let keys = u32::try_from(bytes / u64::from(options.value_bytes.max(1))).context("too many keys")?;
+    let load = Load {
+        keys: keys.max(1),
+        value_bytes: usize::try_from(options.value_bytes)?,
+        rate: options.rate,
+        ..Load::default()
+    };
+    let client = kv::Options {
+        addr: redis.address(),
+        load,
+        seconds: CLIENT_SECONDS,
+        report: work.join("client.json"),
+        files: Files::in_dir(work, "client"),
+    };
+    let program = lab.run_in(Host::Client, std::env::current_exe()?);
+    kv::Handle::start(program, &client, LOAD_LIMIT)
+}
+
+/// What both tools are told alike, at the end of their command lines.
+fn finish(command: &mut Command, common: &Common, work_dir: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(work_dir).with_context(|| format!("creating {work_dir:?}"))?;
+    command.arg("--work-dir").arg(work_dir);
+    if let Some(criu) = &common.criu {
+        command.arg("--criu").arg(criu);
+    }
+    for _ in 0..common.verbose {
+        command.arg("-v");
+    }
+    command.args(["--", "--tcp-established"]);
+    Ok(())
+}
+
+/// Where logs and reports go: the directory asked for, or one that is removed unless something failed.
+struct WorkDir {
+    path: PathBuf,
+    temporary: Option<TempDir>,
+}
+
+impl WorkDir {
+    fn new(asked: Option<&Path>) -> anyhow::Result<Self> {
+        if let Some(path) = asked {
+            fs::create_dir_all(path).with_context(|| format!("creating {path:?}"))?;
+            return Ok(Self { path: std::path::absolute(path)?, temporary: None });
+        }
+        let temporary = tempfile::Builder::new().prefix("postcopy-demo").tempdir()?;
+        Ok(Self { path: temporary.path().to_owned(), temporary: Some(temporary) })
+    }
+
+    fn keep(self) {
+        if let Some(directory) = self.temporary {
+            eprintln!("logs and reports are in {:?}", directory.keep());
+        }
+    }
+}
+
+/// What came of it.
+struct Outcome {
+    source: MoveReport,
+    destination: MoveReport,
+    client: KvReport,
+    source_gone: bool,
+    destination_ended: bool,
+    went_on: bool,
+    on_destination: usize,
+}
+
+impl Outcome {
+    /// What the demo promises, each with whether it came true.
+    fn promises(&self) -> [(&'static str, bool); 8] {
+        [
+            ("the client kept its one connection", self.client.error.is_none()),
+            ("it went on after the move", self.went_on),
+            ("every value was right", self.client.wrong == 0 && self.client.verified >= self.client.keys),
+            ("the source released everything", self.source.outcome == "released"),
+            ("the source process is gone", self.source_gone),
+            (
+                "the destination has everything",
+                self.destination.outcome == "released" && self.destination_ended,
+            ),
+            ("every lazy page is accounted for", self.destination.pages.adds_up()),
+            ("redis runs on the destination", self.on_destination > 0),
+        ]
+    }
+
+    fn is_good(&self) -> bool {
+        self.promises().iter().all(|promise| promise.1)
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\n{}{}{}", self.source, self.destination, self.client)?;
+        for (promise, true_) in self.promises() {
+            writeln!(f, "  [{}] {promise}", if true_ { "ok" } else { "NO" })?;
+        }
+        Ok(())
+    }
+}
