@@ -89,6 +89,7 @@ fn a_service_address_moves_and_is_found_at_once() {
     for (host, command) in [
         (Host::Destination, lab.remove_address_command(SERVICE)),
         (Host::Source, lab.add_address_command(SERVICE)),
+        (Host::Source, lab.announce_command(SERVICE)),
     ] {
         assert!(lab.run_in(host, "sh").args(["-c", &command]).status().unwrap().success());
     }

@@ -86,6 +86,7 @@ fn a_frozen_workload_sees_the_gap_and_goes_on() {
     std::thread::sleep(Duration::from_millis(250)); // the length of the gap, not a synchronisation
     signal(stamp.pid(), "-CONT");
     stamp.wait_beat(LONG, |beat| beat.gap_us >= 250_000).unwrap();
+    stamp.wait_progress(500, LONG).unwrap();
     assert_eq!(stamp.quit(LONG).unwrap().wrong, 0);
 }
 

@@ -7,6 +7,7 @@ use std::fs;
 
 use host::criu::Criu;
 use host::facts::{self, problem};
+use protocol::criu::page_server::HeaderLayout;
 use protocol::wire::control::{Offer, Problem};
 
 use crate::limits;
@@ -77,6 +78,41 @@ fn other_pid_namespace(tree: &ProcessTree) -> Option<Problem> {
     })
 }
 
+/// CRIU before 4.2 takes it for a failure that the kernel (from 6.16 on) refuses `SO_PASSCRED` on Internet
+/// sockets.
+#[must_use]
+pub fn socket_problem(tree: &ProcessTree, criu: &Criu) -> Option<Problem> {
+    if criu.layout == HeaderLayout::Wide || !kernel_refuses_passcred() {
+        return None;
+    }
+    let task = tree.tasks.iter().find(|task| has_internet_socket(task.pid))?;
+    let what = format!(
+        "task {} has Internet sockets, which criu {} cannot dump on this kernel",
+        task.pid, criu.version
+    );
+    Some(problem(what, "use criu 4.2 or later (scripts/setup --criu-next, then --criu PATH) on both hosts"))
+}
+
+fn kernel_refuses_passcred() -> bool {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+    socket.is_ok_and(|socket| getsockopt(&socket, sockopt::PassCred) == Err(nix::Error::EOPNOTSUPP))
+}
+
+fn has_internet_socket(pid: u32) -> bool {
+    let mut inodes = BTreeSet::new();
+    for table in ["tcp", "tcp6", "udp", "udp6"] {
+        let text = fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+        inodes.extend(text.lines().skip(1).filter_map(|l| l.split_whitespace().nth(9).map(str::to_owned)));
+    }
+    let Ok(fds) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    fds.flatten().any(|fd| {
+        let target = fs::read_link(fd.path()).unwrap_or_default();
+        let inode = target.to_str().and_then(|name| name.strip_prefix("socket:[")?.strip_suffix(']'));
+        inode.is_some_and(|inode| inodes.contains(inode))
+    })
+}
+
 /// What the destination's preflight needs to know.
 #[must_use]
 pub fn offer(tree: &ProcessTree, criu: &Criu, dump_options: &[OsString]) -> Offer {
@@ -128,6 +164,14 @@ mod tests {
         let exe = std::env::current_exe().unwrap();
         assert!(files.contains(exe.to_str().unwrap()), "{files:?}");
         assert!(files.iter().any(|file| file.contains("libc")), "{files:?}");
+    }
+
+    #[test]
+    fn an_internet_socket_is_seen() {
+        let me = std::process::id();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(has_internet_socket(me));
+        drop(listener);
     }
 
     #[test]

@@ -118,7 +118,7 @@ mod tests {
             socket.write_all(&send::zombie(TaskId(8)).unwrap()).unwrap();
             socket.write_all(&send::task(TaskId(7)).unwrap()).unwrap();
             let file = File::open("/dev/null").unwrap();
-            fds::send(socket.as_fd(), &[FD_BYTE], &[file.as_fd()]).unwrap();
+            fds::send(socket.as_fd(), &FD_BYTE, &[file.as_fd()]).unwrap();
             socket.write_all(&send::finish()).unwrap();
         });
         let mut seen = Vec::new();

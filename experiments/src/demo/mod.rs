@@ -5,8 +5,12 @@
 //!   redis on 10.77.0.100                                                one connection to 10.77.0.100
 //!   source-server move  ----------->   uffd-daemon serve --once
 //!     post-dump: address removed         pre-restore: address added
+//!                                        post-restore: address announced
 //!   redis gone                         redis, its pages arriving        same connection, every key verified
 //! ```
+//!
+//! The address is announced only after the restore: what the client sends again in between must reach nobody. The
+//! destination would answer it with a reset for as long as it has the address and not yet the socket.
 
 mod tool;
 
@@ -85,6 +89,7 @@ pub fn run(options: &Options, common: &Common) -> anyhow::Result<ExitCode> {
     serve.args(["serve", "--listen", &peer, "--once", "--link", &options.link, "--insecure", "--json"]);
     serve.arg(&destination_json);
     serve.arg("--hook").arg(format!("pre-restore={}", lab.add_address_command(SERVICE)));
+    serve.arg("--hook").arg(format!("post-restore={}", lab.announce_command(SERVICE)));
     finish(&mut serve, common, &work.path.join("destination"))?;
     let mut serve = Tool::start("uffd-daemon", serve, work.path.join("uffd-daemon.log"))?;
     wait_listening(&lab, Host::Destination, PORT, &serve, LISTEN_LIMIT)?;

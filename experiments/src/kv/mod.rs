@@ -193,7 +193,7 @@ impl KvClient {
         self.receive(key)?;
         let took = begun.elapsed();
         self.report.ops += 1;
-        self.latency_ns.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        self.latency_ns.record(u64::try_from(took.as_nanos())?)?;
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.progress.ops.fetch_add(1, Relaxed);
         self.progress.longest_us.fetch_max(us, Relaxed);

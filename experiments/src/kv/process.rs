@@ -213,6 +213,7 @@ impl Handle {
     /// # Errors
     /// If they are not within `limit`.
     pub fn wait_requests(&mut self, more: u64, limit: Duration) -> anyhow::Result<()> {
+        self.process.catch_up()?;
         let target = self.process.highest("BEAT", "ops").unwrap_or(0) + more;
         self.process.wait_for(limit, |line| {
             let ops: u64 = line.starts_with("BEAT").then(|| field(line, "ops"))??;

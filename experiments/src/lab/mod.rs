@@ -181,16 +181,20 @@ impl Lab {
         format!("ip {}", remove_address(address))
     }
 
-    /// What [`add_address`](Self::add_address) does, as a shell command to run in the host itself: a hook. That the
-    /// others forget who had the address is done to them, which only a lab can; it stands for the gratuitous ARP
-    /// that a real host sends, and takes effect at once and for certain.
+    /// The first half of [`add_address`](Self::add_address), as a shell command to run in the host itself: a hook for
+    /// before the restore. The others do not learn of it yet: what they send still goes to the host that had the
+    /// address, and is lost. Sent here it would be answered with a reset, as there is no socket yet.
     #[must_use]
     pub fn add_address_command(&self, address: Ipv4Addr) -> String {
-        let mut command = format!("ip {}", add_address(address));
-        for host in Host::ALL {
-            command += &format!(" && ip -n {} neigh flush to {address}", self.namespace(host));
-        }
-        command
+        format!("ip {}", add_address(address))
+    }
+
+    /// The second half, for after the restore: the others forget who had the address. That is done to them, which only
+    /// a lab can; it stands for the gratuitous ARP of a real host, and takes effect at once and for certain.
+    #[must_use]
+    pub fn announce_command(&self, address: Ipv4Addr) -> String {
+        let flush = |host| format!("ip -n {} neigh flush to {address}", self.namespace(host));
+        Host::ALL.map(flush).join(" && ")
     }
 
     fn forget_neighbour(&self, address: Ipv4Addr) -> anyhow::Result<()> {

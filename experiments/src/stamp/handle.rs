@@ -148,6 +148,16 @@ impl Handle {
         self.process.wait_for(limit, |line| Beat::parse(line).filter(|beat| beat.id == 0 && accept(beat)))
     }
 
+    /// Waits until the root has done so many more operations than by now: it runs, wherever that is.
+    ///
+    /// # Errors
+    /// If it has not within `limit`.
+    pub fn wait_progress(&mut self, ops: u64, limit: Duration) -> anyhow::Result<Beat> {
+        self.process.catch_up()?;
+        let done = self.beats().iter().filter(|beat| beat.id == 0).map(|beat| beat.ops).max().unwrap_or(0);
+        self.wait_beat(limit, |beat| beat.ops >= done + ops)
+    }
+
     /// All heartbeats read so far.
     #[must_use]
     pub fn beats(&self) -> Vec<Beat> {

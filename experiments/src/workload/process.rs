@@ -139,6 +139,15 @@ impl Process {
         .with_context(|| format!("waiting for {word} {number:?}"))
     }
 
+    /// Passes over the lines that are there already: what is waited for next was written after this.
+    ///
+    /// # Errors
+    /// If the status file cannot be read.
+    pub fn catch_up(&mut self) -> anyhow::Result<()> {
+        while self.status.next_line()?.is_some() {}
+        Ok(())
+    }
+
     /// Every line read so far that starts with `word`.
     #[must_use]
     pub fn lines(&self, word: &str) -> Vec<&str> {

@@ -204,6 +204,7 @@ impl Mover {
         if let Err(error) = &criu {
             problems.push(host::facts::problem("no usable criu", error.to_string()));
         }
+        problems.extend(criu.as_ref().ok().and_then(|criu| preflight::socket_problem(&tree, criu)));
         match criu {
             Ok(criu) if problems.is_empty() => Ok((tree, criu, network)),
             _ => Err(MoveError::Preflight(problems)),
