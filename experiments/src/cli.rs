@@ -7,6 +7,7 @@ use anyhow::bail;
 use clap::{Args, Parser, Subcommand};
 
 use crate::report::MoveReport;
+use crate::scenario::RunOptions;
 use crate::workload::report_failure;
 use crate::{demo, kv, scenario, stamp, touch};
 
@@ -57,6 +58,8 @@ enum Command {
     Run {
         /// Its name, as `list` shows it
         scenario: String,
+        #[command(flatten)]
+        options: RunOptions,
     },
     /// Print reports that a move wrote with --json
     Report {
@@ -99,7 +102,7 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         match self.command {
             Command::List => list(),
-            Command::Run { scenario } => run(&scenario, &self.common),
+            Command::Run { scenario, options } => run(&scenario, &options, &self.common),
             Command::Report { files } => report(&files),
             Command::Demo(options) => demo::run(&options, &self.common),
             Command::Workload(workload) => workload.run(),
@@ -114,9 +117,9 @@ fn list() -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn run(name: &str, common: &Common) -> anyhow::Result<ExitCode> {
+fn run(name: &str, options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     match scenario::find(name) {
-        Some(scenario) => (scenario.run)(common),
+        Some(scenario) => (scenario.run)(options, common),
         None => bail!("no experiment is called {name:?}; `experiments list` shows them"),
     }
 }

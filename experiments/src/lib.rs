@@ -7,7 +7,7 @@
 //! - [`redis`], [`kv`]: a server to move and a client that checks every reply
 //! - [`report`]: what the two sides of a move report, and latencies
 //! - [`demo`]: a redis under load moves, and its client keeps its connection
-//! - [`scenario`]: the experiments by name
+//! - [`scenario`]: the experiments by name; [`vs_criu`]: ours beside CRIU's own lazy pages
 //! - [`cli`]: the command line of the `experiments` binary
 //! - [`random`], [`clock`]: numbers that can be repeated, time that can be compared
 #![forbid(unsafe_code)]
@@ -23,4 +23,5 @@ pub mod report;
 pub mod scenario;
 pub mod stamp;
 pub mod touch;
+pub mod vs_criu;
 pub mod workload;

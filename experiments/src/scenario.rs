@@ -1,8 +1,35 @@
 //! The fault-latency experiments by name.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::cli::Common;
+use crate::vs_criu;
+
+/// How to run an experiment.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct RunOptions {
+    /// A short run that only shows that it works
+    #[arg(long)]
+    pub smoke: bool,
+    /// Runs of each case [default: what the experiment needs]
+    #[arg(long, value_name = "N")]
+    pub runs: Option<usize>,
+    /// Where the raw data and the summary go [default: a folder below the target directory]
+    #[arg(long, value_name = "DIR")]
+    pub results: Option<PathBuf>,
+}
+
+impl RunOptions {
+    /// The results folder of the scenario `name`.
+    #[must_use]
+    pub fn results_dir(&self, name: &str) -> PathBuf {
+        self.results.clone().unwrap_or_else(|| {
+            let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+            target.join("experiments").join(name)
+        })
+    }
+}
 
 /// One experiment.
 pub struct Scenario {
@@ -11,11 +38,15 @@ pub struct Scenario {
     /// What it measures, in one line.
     pub about: &'static str,
     /// Runs it.
-    pub run: fn(&Common) -> anyhow::Result<ExitCode>,
+    pub run: fn(&RunOptions, &Common) -> anyhow::Result<ExitCode>,
 }
 
 /// All of them, in the order in which `list` shows them.
-pub const ALL: &[Scenario] = &[];
+pub const ALL: &[Scenario] = &[Scenario {
+    name: "vs-criu",
+    about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
+    run: vs_criu::run,
+}];
 
 /// The scenario of that name.
 #[must_use]

@@ -49,14 +49,14 @@ fn a_client_process_sees_a_stall_and_nothing_wrong() {
     client.wait_requests(2000, LONG).unwrap();
     let checked = client.check(LONG).unwrap();
     assert_eq!((checked.keys, checked.wrong), (20_000, 0));
-    assert!(checked.longest_us >= 250_000);
+    assert!(checked.longest_us >= 200_000);
     client.wait_requests(100, LONG).unwrap();
     let report = client.quit(LONG).unwrap();
     assert!(report.is_good() && report.ops > 4000 && report.gets > report.sets, "{report}");
     assert_eq!((report.verified, report.stalls.is_empty()), (40_000, false));
     let latency = report.latency_us;
-    assert!(latency.count == report.ops && latency.p50 > 0.0 && latency.max >= 249_000.0, "{report}");
-    assert!(report.longest_stall.us >= 250_000 && report.longest_stall.us < 2_000_000, "{report}");
+    assert!(latency.count == report.ops && latency.p50 > 0.0 && latency.max >= 199_000.0, "{report}");
+    assert!(report.longest_stall.us >= 200_000 && report.longest_stall.us < 2_000_000, "{report}");
 }
 
 #[test]

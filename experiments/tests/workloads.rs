@@ -82,10 +82,11 @@ fn a_frozen_workload_sees_the_gap_and_goes_on() {
     let files = Files::in_dir(dir.path(), "stamp");
     let options = stamp::Options { mib: 4, threads: 1, rate_us: 100, ..stamp::Options::new(files) };
     let mut stamp = stamp::Handle::start(program(), &options, LONG).unwrap();
+    stamp.wait_progress(10, LONG).unwrap(); // a thread that has not begun sees no gap
     signal(stamp.pid(), "-STOP");
     std::thread::sleep(Duration::from_millis(250)); // the length of the gap, not a synchronisation
     signal(stamp.pid(), "-CONT");
-    stamp.wait_beat(LONG, |beat| beat.gap_us >= 250_000).unwrap();
+    stamp.wait_beat(LONG, |beat| beat.gap_us >= 200_000).unwrap();
     stamp.wait_progress(500, LONG).unwrap();
     assert_eq!(stamp.quit(LONG).unwrap().wrong, 0);
 }
@@ -125,7 +126,7 @@ fn a_gap_starts_the_reads_and_is_measured() {
     std::thread::sleep(Duration::from_millis(250)); // the length of the gap, not a synchronisation
     signal(touch.pid(), "-CONT");
     let summary = touch.wait_done(LONG).unwrap();
-    assert!(summary.gap_us >= 250_000 && summary.wrong == 0, "{summary:?}");
+    assert!(summary.gap_us >= 200_000 && summary.wrong == 0, "{summary:?}");
     let samples = touch.samples().unwrap();
     assert!(samples.started_ns >= samples.gap_to_ns && samples.gap_to_ns > samples.gap_from_ns);
     assert!(samples.ended_ns - samples.started_ns >= 2047 * 100_000, "one read per 100 us");

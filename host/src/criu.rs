@@ -27,7 +27,9 @@ pub struct Criu {
 #[derive(Debug, thiserror::Error)]
 pub enum CriuError {
     /// Nothing found.
-    #[error("no criu found (looked at --criu, $CRIU, PATH and {prefix}); run scripts/setup or install criu 4.1 or later")]
+    #[error(
+        "no criu found (looked at --criu, $CRIU, PATH and {prefix}); run scripts/setup or install criu 4.1 or later"
+    )]
     Missing {
         /// The prefix looked at.
         prefix: String,
@@ -141,11 +143,7 @@ impl Running {
     /// The errno of starting it.
     pub fn start(command: &mut Command, log: PathBuf) -> io::Result<Self> {
         let printed = File::create(log.with_extension("out"))?;
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(printed.try_clone()?)
-            .stderr(printed)
-            .spawn()?;
+        let child = command.stdin(Stdio::null()).stdout(printed.try_clone()?).stderr(printed).spawn()?;
         let pidfd = PidFd::open(child.id())?;
         Ok(Self { child, pidfd, log })
     }

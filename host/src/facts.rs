@@ -51,8 +51,9 @@ pub fn privileges() -> Option<Problem> {
     let caps = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
     let lacking: Vec<&str> =
         NEEDED.iter().filter(|(bit, _)| caps >> bit & 1 == 0).map(|(_, name)| *name).collect();
-    (!lacking.is_empty())
-        .then(|| problem(format!("no privileges ({})", lacking.join(", ")), "run as root, for example with sudo"))
+    (!lacking.is_empty()).then(|| {
+        problem(format!("no privileges ({})", lacking.join(", ")), "run as root, for example with sudo")
+    })
 }
 
 /// A numeric sysctl.

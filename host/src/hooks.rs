@@ -51,9 +51,9 @@ impl FromStr for Hook {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let names = || HookPhase::ALL.map(|(_, name)| name).join(", ");
-        let (phase, command) = text.split_once('=').ok_or_else(|| {
-            format!("a hook is PHASE=COMMAND, with one of the phases {}", names())
-        })?;
+        let (phase, command) = text
+            .split_once('=')
+            .ok_or_else(|| format!("a hook is PHASE=COMMAND, with one of the phases {}", names()))?;
         let phase = HookPhase::ALL
             .iter()
             .find(|(_, name)| *name == phase)

@@ -292,7 +292,8 @@ mod tests {
         let path = dir.path().join("report.json");
         recorder.finish(Outcome::RolledBack, Some("why".into())).write_json(&path).unwrap();
         let json: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        for key in ["session", "role", "outcome", "phases", "blackout_ms", "brownout_ms", "total_ms", "bytes"] {
+        for key in ["session", "role", "outcome", "phases", "blackout_ms", "brownout_ms", "total_ms", "bytes"]
+        {
             assert!(json.get(key).is_some(), "{key}");
         }
         assert_eq!(json["outcome"], "rolled_back");

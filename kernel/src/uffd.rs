@@ -244,9 +244,8 @@ impl Uffd {
     pub fn read(&self, buffer: &mut EventBuffer, mut each: impl FnMut(Event)) -> io::Result<usize> {
         // SAFETY: the buffer is exclusively borrowed, its length in bytes is what we pass, and any bit
         // pattern is a valid RawMessage.
-        let got = unsafe {
-            libc::read(self.0.as_raw_fd(), buffer.0.as_mut_ptr().cast(), size_of_val(&buffer.0))
-        };
+        let got =
+            unsafe { libc::read(self.0.as_raw_fd(), buffer.0.as_mut_ptr().cast(), size_of_val(&buffer.0)) };
         if got < 0 {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {
@@ -277,8 +276,7 @@ impl Uffd {
     /// # Errors
     /// As [`Uffd::copy`].
     pub fn zero(&self, address: u64, len: u64) -> io::Result<Install> {
-        let mut arg =
-            UffdioZeropage { range: UffdioRange { start: address, len }, mode: 0, zeropage: 0 };
+        let mut arg = UffdioZeropage { range: UffdioRange { start: address, len }, mode: 0, zeropage: 0 };
         let result = self.ioctl(UFFDIO_ZEROPAGE, &mut arg);
         outcome(result, arg.zeropage, len)
     }
@@ -309,11 +307,8 @@ impl Uffd {
     /// # Errors
     /// Any errno but the expected ones.
     pub fn probe(&self, address: u64) -> io::Result<Probe> {
-        let mut arg = UffdioContinue {
-            range: UffdioRange { start: address, len: PAGE_BYTES },
-            mode: 0,
-            mapped: 0,
-        };
+        let mut arg =
+            UffdioContinue { range: UffdioRange { start: address, len: PAGE_BYTES }, mode: 0, mapped: 0 };
         match self.ioctl(UFFDIO_CONTINUE, &mut arg) {
             Ok(()) => Ok(Probe::Registered),
             Err(error) => match error.raw_os_error() {

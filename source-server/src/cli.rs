@@ -38,8 +38,10 @@ enum Verb {
     ///
     /// Exit status: 0 moved and released; 1 failed and rolled back, the process runs here; 2 wrong usage or
     /// refused by preflight, nothing was touched; 3 failed after the switchover, what to do is printed.
-    #[command(after_help = "Example:\n  source-server move --pid 4711 --to 192.0.2.7:7000 --insecure \\\n      \
-                            --hook post-dump='ip addr del 192.0.2.80/24 dev eth0' -- --tcp-established")]
+    #[command(
+        after_help = "Example:\n  source-server move --pid 4711 --to 192.0.2.7:7000 --insecure \\\n      \
+                            --hook post-dump='ip addr del 192.0.2.80/24 dev eth0' -- --tcp-established"
+    )]
     Move(MoveArguments),
     /// Serve pages with CRIU's page-server protocol.
     ///
@@ -230,4 +232,3 @@ fn run_page_server(arguments: &PageServerArguments) -> ExitCode {
         }
     }
 }
-

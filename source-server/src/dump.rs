@@ -115,8 +115,7 @@ impl Dump {
             }
             let look = if frozen.is_none() { Instant::now() + LOOK } else { begun + limit };
             let fds = [self.status.as_fd(), self.criu.as_fd(), interrupt];
-            let [ready, ended, interrupted] =
-                waiting::readable(fds, Some(look)).map_err(DumpError::Start)?;
+            let [ready, ended, interrupted] = waiting::readable(fds, Some(look)).map_err(DumpError::Start)?;
             let mut byte = [0];
             if ready && matches!(self.status.read(&mut byte), Ok(1)) {
                 return Ok(frozen.unwrap_or_else(Instant::now));

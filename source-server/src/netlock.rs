@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn only_crius_own_rules_are_taken() {
-        let lock = "-A INPUT -s 10.0.0.1/32 -d 10.0.0.2/32 -p tcp -m mark ! --mark 0xc114 -m tcp --sport 1 -j DROP";
+        let lock =
+            "-A INPUT -s 10.0.0.1/32 -d 10.0.0.2/32 -p tcp -m mark ! --mark 0xc114 -m tcp --sport 1 -j DROP";
         assert!(is_lock_rule(lock));
         assert!(!is_lock_rule("-A INPUT -p tcp -j DROP"));
         assert!(!is_lock_rule("-A INPUT -m mark --mark 0xc114 -j ACCEPT"));

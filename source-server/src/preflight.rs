@@ -46,7 +46,10 @@ fn pipe_size() -> Option<Problem> {
         return None;
     }
     let remedy = format!("sysctl -w fs.pipe-max-size={}", limits::PIPE_MAX_SIZE);
-    Some(problem(format!("fs.pipe-max-size is {now}, criu's page server needs {}", limits::PIPE_MAX_SIZE), remedy))
+    Some(problem(
+        format!("fs.pipe-max-size is {now}, criu's page server needs {}", limits::PIPE_MAX_SIZE),
+        remedy,
+    ))
 }
 
 /// CRIU takes two descriptors per 4 MiB; ours are counted when the pages are.

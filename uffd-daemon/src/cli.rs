@@ -39,8 +39,10 @@ enum Verb {
     ///
     /// Exit status with --once: 0 moved and released; 1 rolled back, nothing is left here; 2 wrong usage;
     /// 3 failed after the switchover, the tasks wait for missing pages and what to do is printed.
-    #[command(after_help = "Example:\n  uffd-daemon serve --listen 0.0.0.0:7000 --insecure --once \\\n      \
-                            --hook pre-restore='ip addr add 192.0.2.80/24 dev eth0' -- --tcp-established")]
+    #[command(
+        after_help = "Example:\n  uffd-daemon serve --listen 0.0.0.0:7000 --insecure --once \\\n      \
+                            --hook pre-restore='ip addr add 192.0.2.80/24 dev eth0' -- --tcp-established"
+    )]
     Serve(ServeArguments),
     /// Stand in for `criu lazy-pages`: same flags, same behaviour.
     LazyPages(LazyPagesArguments),

@@ -184,7 +184,9 @@ fn foreground(arguments: &LazyPagesArguments) -> Result<(), LazyPagesError> {
         .map_err(io_error(format!("change to work directory {}", work.display())))?;
     start_log(arguments)?;
     if arguments.tls {
-        return Err(LazyPagesError::Usage("--tls: CRIU's TLS protocol is not supported; use a tunnel".into()));
+        return Err(LazyPagesError::Usage(
+            "--tls: CRIU's TLS protocol is not supported; use a tunnel".into(),
+        ));
     }
     let checkpoint = Checkpoint::open(&images).map_err(|error| LazyPagesError::Images(error.to_string()))?;
     let interrupt = Interrupt::install().map_err(io_error("install signal handlers"))?;
@@ -202,7 +204,8 @@ fn foreground(arguments: &LazyPagesArguments) -> Result<(), LazyPagesError> {
     } else {
         let tasks: Vec<TaskId> =
             checkpoint.tasks.iter().filter(|task| task.alive).map(|task| task.id).collect();
-        let open = || Images::open(&images, &tasks).map_err(|error| LazyPagesError::Images(error.to_string()));
+        let open =
+            || Images::open(&images, &tasks).map_err(|error| LazyPagesError::Images(error.to_string()));
         Daemon::new(&checkpoint, interrupt)?.serve(socket, open)
     }
 }

@@ -198,4 +198,3 @@ fn detach() -> io::Result<()> {
     nix::unistd::chdir("/")?;
     Ok(())
 }
-

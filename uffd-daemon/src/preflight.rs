@@ -17,8 +17,12 @@ const RESERVE_BYTES: u64 = 64 << 20;
 pub fn host_problems() -> Vec<Problem> {
     let mut found: Vec<Problem> = facts::privileges().into_iter().collect();
     if let Err(error) = Uffd::create(FEATURES_OF_CRIU, false) {
-        let remedy = "boot a kernel with CONFIG_USERFAULTFD, and run as root or set vm.unprivileged_userfaultfd=1";
-        found.push(problem(format!("no userfaultfd with fork, remap, remove and unmap events ({error})"), remedy));
+        let remedy =
+            "boot a kernel with CONFIG_USERFAULTFD, and run as root or set vm.unprivileged_userfaultfd=1";
+        found.push(problem(
+            format!("no userfaultfd with fork, remap, remove and unmap events ({error})"),
+            remedy,
+        ));
     }
     facts::raise_open_files_limit();
     found

@@ -90,7 +90,9 @@ impl PushLane {
         self.stream.receive_all(&mut head).map_err(closed)?;
         let frame = RunFrame::decode(&head)?;
         if frame.kind != Kind::Pages {
-            return Err(CodecError::Meaning { field: "frame kind on this lane", value: frame.kind as u64 }.into());
+            return Err(
+                CodecError::Meaning { field: "frame kind on this lane", value: frame.kind as u64 }.into()
+            );
         }
         if self.data.len() < frame.data_len {
             self.data.resize(frame.data_len, 0);

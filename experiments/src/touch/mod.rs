@@ -31,7 +31,7 @@ pub use handle::{Handle, Summary};
 pub use pattern::Pattern;
 pub use samples::{Plan, Sample, Samples, State};
 
-use crate::clock::{monotonic_ms, monotonic_ns};
+use crate::clock::{monotonic_ms, monotonic_ns, wall_ns};
 use crate::stamp::page::{self, Part, Place};
 use crate::workload::{self, ControlFile, Files, Order, Poll, StatusLog};
 use pattern::Walk;
@@ -215,9 +215,9 @@ fn wait_end(shared: &Shared, options: &Options, control: &mut ControlFile) -> u6
 
 /// The sampling thread.
 fn watch_clock(shared: &Shared) {
-    let mut last = monotonic_ns();
+    let mut last = wall_ns();
     while !shared.stop.load(Relaxed) {
-        let now = monotonic_ns();
+        let now = wall_ns();
         shared.recorder.gap(last, now);
         last = now;
         std::thread::sleep(LOOK);

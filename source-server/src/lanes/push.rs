@@ -42,7 +42,9 @@ impl FromStr for Pace {
         };
         match digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)) {
             Some(rate) if rate > 0 => Ok(Self::BytesPerSecond(rate)),
-            _ => Err(format!("push rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off")),
+            _ => Err(format!(
+                "push rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off"
+            )),
         }
     }
 }

@@ -59,7 +59,9 @@ impl<'a> Committed<'a> {
                 return Ok(summary);
             }
             if last_ack_due.is_some_and(|due: Instant| Instant::now() > due) {
-                return Err("the destination says that it is complete but has not acknowledged every page".into());
+                return Err(
+                    "the destination says that it is complete but has not acknowledged every page".into()
+                );
             }
             let others = [self.frozen.notices.as_fd(), mover.interrupt.as_fd()];
             let next = self.session.next(others, mover.progress.interval());
@@ -90,10 +92,8 @@ impl<'a> Committed<'a> {
 
     fn start_push(&mut self, mover: &Mover) -> Result<(), String> {
         let broken = |error: std::io::Error| format!("cannot duplicate a socket: {error}");
-        let (out, back) = (
-            self.session.push.try_clone().map_err(broken)?,
-            self.session.push.try_clone().map_err(broken)?,
-        );
+        let (out, back) =
+            (self.session.push.try_clone().map_err(broken)?, self.session.push.try_clone().map_err(broken)?);
         let (lanes, post, pace) = (self.frozen.lanes.clone(), self.frozen.post.clone(), mover.config.pace);
         self.threads.push(std::thread::spawn(move || {
             post.send(Notice::Lane(push(&lanes, &out, pace)));
@@ -165,7 +165,8 @@ impl<'a> Committed<'a> {
         session.control.shutdown();
         session.fault.shutdown();
         session.push.shutdown();
-        let mut text = format!("{reason}\nThe switchover was passed: the process belongs to the destination now.");
+        let mut text =
+            format!("{reason}\nThe switchover was passed: the process belongs to the destination now.");
         let stopped: Vec<String> = frozen
             .tree
             .tasks

@@ -136,8 +136,8 @@ impl<'a> Frozen<'a> {
             let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
             let map = Arc::new(map.map_err(|error| error.to_string())?);
             let hosts = tree.tasks.iter().map(|task| (task.id, task.pid));
-            let memory = TaskMemory::open(hosts)
-                .map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
+            let memory =
+                TaskMemory::open(hosts).map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
             let memory = Arc::new(memory);
             if let Some(task) = map.tasks().iter().find(|task| !memory.has(task.id)) {
                 return Err(format!("task {} is in the images but not in the tree", task.id));
@@ -210,12 +210,7 @@ impl<'a> Frozen<'a> {
         Ok(std::thread::spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream)))))
     }
 
-    fn wait_prepared(
-        &self,
-        mover: &mut Mover,
-        session: &Session,
-        running: &mut Running,
-    ) -> Result<(), Why> {
+    fn wait_prepared(&self, mover: &mut Mover, session: &Session, running: &mut Running) -> Result<(), Why> {
         let mut deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut lane_ended = None;
         loop {

@@ -113,11 +113,7 @@ impl Session {
     }
 
     /// Waits for the destination's next message, until `limit` has passed or one of `others` is readable.
-    pub(super) fn next(
-        &self,
-        others: [BorrowedFd<'_>; 2],
-        limit: Duration,
-    ) -> Result<Next, ControlError> {
+    pub(super) fn next(&self, others: [BorrowedFd<'_>; 2], limit: Duration) -> Result<Next, ControlError> {
         let fds = [self.control.as_fd(), others[0], others[1]];
         let [message, first, second] = waiting::readable(fds, Some(Instant::now() + limit))?;
         Ok(match (first, second, message) {

@@ -82,8 +82,7 @@ impl BroughtUp {
         push: Stream,
     ) -> Result<Self, String> {
         let failed = |what: &'static str| move |error: std::io::Error| format!("cannot {what}: {error}");
-        let checkpoint =
-            Checkpoint::open(&dir.path().join("images")).map_err(|error| error.to_string())?;
+        let checkpoint = Checkpoint::open(&dir.path().join("images")).map_err(|error| error.to_string())?;
         let live = checkpoint.tasks.iter().filter(|task| task.alive);
         let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
         let map = map.map_err(|error| error.to_string())?;
@@ -247,8 +246,7 @@ impl BroughtUp {
         let mut finished = false;
         loop {
             let restore = self.restore.as_mut().ok_or(Failure { reason: "the restore has ended".into() })?;
-            let fds =
-                [restore.reports_fd(), restore.ended_fd(), self.handed_over.as_fd()];
+            let fds = [restore.reports_fd(), restore.ended_fd(), self.handed_over.as_fd()];
             let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
             match ready {
                 [true, ..] => {
@@ -260,7 +258,8 @@ impl BroughtUp {
                     let status = restore.end();
                     if status != 0 {
                         let complaint = restore.complaint();
-                        let reason = format!("criu restore failed behind the switchover ({status}): {complaint}");
+                        let reason =
+                            format!("criu restore failed behind the switchover ({status}): {complaint}");
                         // The source must know, although it will not resume.
                         let _ = control.send(&Control::Abort(reason.clone()));
                         return Err(Failure { reason });
@@ -289,10 +288,8 @@ impl BroughtUp {
         let lane = PushLane::new(stream, self.tree.clone(), self.push_bytes.clone());
         let post = self.push_post.clone();
         self.push_lane = kept.ok();
-        self.push_thread = std::thread::Builder::new()
-            .name("push".into())
-            .spawn(move || post.send(lane.run()))
-            .ok();
+        self.push_thread =
+            std::thread::Builder::new().name("push".into()).spawn(move || post.send(lane.run())).ok();
     }
 
     /// Bytes received on the fault lane.

@@ -145,9 +145,14 @@ impl PageServer {
             if self.outstanding.is_empty() && self.filled >= CLOSE_STATUS_LEN {
                 break;
             }
-            match stream.receive(&mut self.buffer[self.filled..])? {
-                0 => return Err(UpstreamError::Closed),
-                got => self.filled += got,
+            match stream.receive(&mut self.buffer[self.filled..]) {
+                Ok(0) => return Err(UpstreamError::Closed),
+                Ok(got) => self.filled += got,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let text = format!("it did not end the session within {FAREWELL_TIMEOUT:?}");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, text).into());
+                }
+                Err(error) => return Err(error.into()),
             }
         }
         match self.buffer[..self.filled] {
