@@ -7,6 +7,7 @@
 //! - [`uffd`]: read events, install, zero, wake, poison, register
 //! - [`pidfd`]: hold a process, signal it, take a descriptor from it
 //! - [`fds`]: descriptors over a unix socket
+//! - [`sched`]: how soon a thread gets the processor
 //! - [`spawn`]: what a child needs between `fork` and `exec`
 //! - [`holder`]: a process that does nothing but keep descriptors open
 //! - [`tcp`]: socket options that the standard library lacks
@@ -16,6 +17,7 @@ pub mod arena;
 pub mod fds;
 pub mod holder;
 pub mod pidfd;
+pub mod sched;
 pub mod spawn;
 pub mod tcp;
 pub mod uffd;

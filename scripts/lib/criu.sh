@@ -23,7 +23,9 @@ criu_version() {
 why_unusable() {
     local version verdict
     version=$(criu_version "$1") || true
-    if [[ -z $version ]]; then
+    if [[ ! -e $1 ]]; then
+        echo "there is none"
+    elif [[ -z $version ]]; then
         echo "it does not start"
     elif ! at_least "$version" "$2"; then
         echo "it is $version, at least $2 is needed"
@@ -98,7 +100,11 @@ read_archive() {
         *) fail "no CRIU $criu_minimum here, and no known archive for $id." "$(criu_remedy)" ;;
     esac
     archive_uri=$(mirror_of "$codename")
-    [[ -n $archive_uri ]] || fail "no CRIU $criu_minimum here, and apt has no ${id^} mirror configured." "$(criu_remedy)"
+    if [[ -z $archive_uri ]]; then # apt names no source whose lists it never fetched
+        apt_update
+        archive_uri=$(mirror_of "$codename")
+    fi
+    [[ -n $archive_uri ]] || fail "no CRIU $criu_minimum here, and apt has no working ${id^} mirror." "$(criu_remedy)"
 }
 
 # mirror_of CODENAME: apt itself reads its sources, whatever their format; the

@@ -96,5 +96,5 @@ ensure_rust() {
     fi
     fail "Rust $rust_minimum or newer is needed, here is ${version:-none}." \
         "Get rustup (apt-get install rustup on Debian 13 and Ubuntu 24.04, else https://rustup.rs)," \
-        "then: rustup default stable. Put \$HOME/.cargo/bin on PATH."
+        "then: rustup default stable."
 }

@@ -16,7 +16,7 @@ use kernel::spawn::CommandSetup;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::criu::page_server::{Command as PageCommand, Header, MAX_HEADER_LEN};
 
-use crate::process;
+use crate::{limits, process};
 
 /// Socket buffers towards CRIU's page server: a whole answer of 4 MiB in flight.
 const SERVER_BUFFER: usize = 4 << 20;
@@ -96,24 +96,27 @@ impl Dump {
         Ok(Self { criu: running, server, status: status.into(), criu_version: criu.clone(), images })
     }
 
-    /// Waits until CRIU's page server is ready. Returns when the tasks were seen frozen.
+    /// Waits until CRIU's page server is ready, for less long once it was interrupted. Returns when the tasks
+    /// were seen frozen.
     ///
     /// # Errors
-    /// [`DumpError`]; CRIU has ended and the tasks run, unless it says otherwise.
+    /// [`DumpError`]; CRIU has ended and the tasks run.
     pub fn wait_ready(
         &mut self,
         root: u32,
         interrupt: BorrowedFd<'_>,
-        limit: Duration,
+        mut limit: Duration,
     ) -> Result<Instant, DumpError> {
         const LOOK: Duration = Duration::from_millis(1);
         let begun = Instant::now();
         let mut frozen = None;
+        let mut called_off = false;
         loop {
             if frozen.is_none() && process::state(root).is_ok_and(|state| state == 't') {
                 frozen = Some(Instant::now());
             }
             let look = if frozen.is_none() { Instant::now() + LOOK } else { begun + limit };
+            let interrupt = if called_off { self.criu.as_fd() } else { interrupt };
             let fds = [self.status.as_fd(), self.criu.as_fd(), interrupt];
             let [ready, ended, interrupted] = waiting::readable(fds, Some(look)).map_err(DumpError::Start)?;
             let mut byte = [0];
@@ -125,12 +128,12 @@ impl Dump {
                 return Err(DumpError::Failed(format!("{} ({status})", self.criu.complaint())));
             }
             if interrupted {
-                self.kill();
-                return Err(DumpError::Interrupted);
+                called_off = true;
+                limit = limit.min(begun.elapsed() + limits::INTERRUPTED_DUMP_TIMEOUT);
             }
             if begun.elapsed() > limit {
                 self.kill();
-                return Err(DumpError::TimedOut(limit));
+                return Err(if called_off { DumpError::Interrupted } else { DumpError::TimedOut(limit) });
             }
         }
     }

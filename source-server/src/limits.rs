@@ -16,6 +16,9 @@ pub const SPARE_DESCRIPTORS: u64 = 512;
 pub const PUSH_FRAME_PAGES: u64 = 64;
 /// How long a dump may take until its page server is ready.
 pub const DUMP_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long an interrupted dump may go on: killed in the middle, CRIU would leave a task with code of CRIU's
+/// in it and the network locked; ready, everything can be undone.
+pub const INTERRUPTED_DUMP_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the destination may take to answer the offer.
 pub const VERDICT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the destination may take from the last image to being prepared.
@@ -32,3 +35,8 @@ pub const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(30);
 pub const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long to wait for the destination's reason once one of its lanes has ended.
 pub const REASON_PATIENCE: Duration = Duration::from_secs(3);
+/// Time slice of a thread on the fault path: shorter than anybody's, so that it takes the processor when it
+/// wakes; it never runs as long.
+pub const FAULT_SLICE_NS: u64 = 100_000;
+/// Its niceness.
+pub const FAULT_NICE: i32 = 0;

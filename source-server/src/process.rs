@@ -53,6 +53,20 @@ impl ProcessTree {
         Ok(Self { tasks })
     }
 
+    /// The same tree now that it is frozen: with what was forked and without what ended since this list was
+    /// made. Whether a task was stopped is known from then.
+    ///
+    /// # Errors
+    /// `NotFound` if the root is gone.
+    pub fn as_frozen(&self) -> io::Result<Self> {
+        let mut now = Self::of(self.root().pid)?;
+        for task in &mut now.tasks {
+            let before = self.tasks.iter().find(|before| before.pid == task.pid);
+            task.was_stopped = before.is_some_and(|before| before.was_stopped);
+        }
+        Ok(now)
+    }
+
     /// The root.
     #[must_use]
     pub fn root(&self) -> &Task {

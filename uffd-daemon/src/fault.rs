@@ -134,6 +134,9 @@ impl<U: Upstream> FaultLoop<U> {
 
     /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
     pub fn run(mut self) -> Option<U> {
+        if let Err(error) = kernel::sched::wake_soon(limits::FAULT_SLICE_NS, limits::FAULT_NICE) {
+            tracing::debug!("no short time slice for the fault loop: {error}");
+        }
         loop {
             let ready = match self.wait() {
                 Ok(ready) => ready,

@@ -8,6 +8,7 @@ use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, TaskRun};
 
 use super::{LaneError, Lanes};
 use crate::ledger::index_of;
+use crate::limits;
 use crate::store::Scratch;
 
 /// Requests that one receive may take.
@@ -19,6 +20,9 @@ const REQUESTS: usize = 64;
 /// [`LaneError`]; [`LaneError::Closed`] is how a lane ends.
 pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let broken = LaneError::io("fault");
+    if let Err(error) = kernel::sched::wake_soon(limits::FAULT_SLICE_NS, limits::FAULT_NICE) {
+        tracing::debug!("no short time slice for the fault lane: {error}");
+    }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(&broken)?;
     let mut buffer = vec![0; REQUESTS * RUN_HEADER_LEN];
     let mut page = vec![0; PAGE_SIZE];
@@ -71,7 +75,9 @@ fn answer(
     let Some(run) = PageRun::new(demand.what.run.start, pages) else {
         // Acknowledged and freed: the page is there, whoever waits only has to look again.
         let head = demand.what.frame(Kind::Settled, demand.id, 0);
-        return lane.send_all(&head, false).map_err(broken);
+        lane.send_all(&head, false).map_err(broken)?;
+        lanes.fault_bytes.fetch_add(head.len() as u64, Ordering::Relaxed);
+        return Ok(());
     };
     let data = &page[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
     let head = TaskRun { task, run }.frame(Kind::Pages, demand.id, data.len());

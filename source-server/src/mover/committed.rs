@@ -193,7 +193,7 @@ impl<'a> Committed<'a> {
 }
 
 fn kill(frozen: &Frozen<'_>) {
-    let left = frozen.fence.kill(frozen.tree, limits::KILL_TIMEOUT);
+    let left = frozen.fence.kill(&frozen.tree, limits::KILL_TIMEOUT);
     if !left.is_empty() {
         tracing::error!(?left, "killed tasks are still there");
     }

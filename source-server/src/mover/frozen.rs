@@ -17,7 +17,7 @@ use protocol::wire::control::{Control, Dumped};
 
 use super::session::{Next, Session};
 use super::{Mover, StoreKind};
-use crate::dump::{Dump, DumpError};
+use crate::dump::Dump;
 use crate::fence::{self, Fence};
 use crate::lanes::{LaneError, Lanes, serve_faults};
 use crate::limits;
@@ -38,7 +38,7 @@ pub(super) enum Notice {
 
 /// Tasks that stand still behind a fence, with their pages at hand.
 pub(super) struct Frozen<'a> {
-    pub(super) tree: &'a ProcessTree,
+    pub(super) tree: ProcessTree,
     pub(super) network: &'a NetworkLock,
     pub(super) dump: Dump,
     pub(super) fence: Fence,
@@ -68,24 +68,40 @@ impl From<String> for Why {
 }
 
 impl<'a> Frozen<'a> {
-    /// Freezes and dumps. On an error CRIU has let the tasks run again.
+    /// Freezes and dumps. On an error the tasks run again.
     pub(super) fn dump(
         mover: &mut Mover,
-        tree: &'a ProcessTree,
+        tree: &ProcessTree,
         criu: &Criu,
         network: &'a NetworkLock,
     ) -> Result<Self, String> {
+        not_interrupted(mover)?;
         let dir = WorkDir::create(mover.config.work_dir.as_deref(), "postcopy-source")
             .map_err(|error| format!("cannot make a working directory: {error}"))?;
         mover.recorder.phase("freeze");
         let mut dump = Dump::start(criu, mover.config.pid, dir.path(), &mover.config.criu_options)
             .map_err(|error| error.to_string())?;
         let ready = dump.wait_ready(tree.root().pid, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT);
-        let frozen_at = ready.map_err(|error| tree_runs(tree, error))?;
+        let frozen_at = match ready {
+            Ok(frozen_at) => frozen_at,
+            Err(error) => return Err(and(error.to_string(), let_run(tree, network, None))),
+        };
         mover.recorder.phase_at("dump", frozen_at);
-        match Self::behind_fence(mover, tree, criu, &dump) {
-            Ok((fence, map, lanes, pipes)) => {
-                let (post, notices) = mailbox().map_err(|error| error.to_string())?;
+        // Tasks come and go until the freeze: the images hold those of this moment.
+        let raised = tree.as_frozen().map_err(|error| error.to_string()).and_then(|tree| {
+            let fence = Fence::raise(&tree).map_err(|error| error.to_string())?;
+            Ok((tree, fence))
+        });
+        let (tree, fence) = match raised {
+            Ok(raised) => raised,
+            Err(reason) => {
+                dump.kill();
+                return Err(and(reason, let_run(tree, network, None)));
+            }
+        };
+        let prepared = not_interrupted(mover).and_then(|()| Self::prepare(mover, &tree, &dump));
+        match prepared.and_then(|parts| Ok((parts, mailbox().map_err(|error| error.to_string())?))) {
+            Ok(((map, lanes, pipes), (post, notices))) => {
                 let mut frozen = Self {
                     tree,
                     network,
@@ -105,63 +121,39 @@ impl<'a> Frozen<'a> {
                 Ok(frozen)
             }
             Err(reason) => {
-                dump.kill();
-                let failed = network.unlock();
-                let _ = network.end_repair(tree);
-                resume(tree);
-                if !failed.is_empty() {
-                    tracing::error!(?failed, "network rules of criu could not be removed");
-                }
-                Err(reason)
+                close(&mut dump);
+                Err(and(reason, let_run(&tree, network, Some(fence))))
             }
         }
     }
 
     #[allow(clippy::type_complexity)]
-    fn behind_fence(
+    fn prepare(
         mover: &Mover,
         tree: &ProcessTree,
-        _criu: &Criu,
         dump: &Dump,
-    ) -> Result<(Fence, Arc<LazyMap>, Arc<Lanes>, Option<Arc<PipeStore>>), String> {
-        let fence = Fence::raise(tree).map_err(|error| error.to_string())?;
-        let prepared = (|| {
-            // Tasks that were forked between preflight and freeze are in the images but not in `tree`.
-            let now = ProcessTree::of(tree.root().pid).map_err(|error| error.to_string())?;
-            if now.tasks.len() != tree.tasks.len() {
-                return Err(String::from("the tree changed before it was frozen; try again"));
-            }
-            let checkpoint = Checkpoint::open(&dump.images).map_err(|error| error.to_string())?;
-            let live = checkpoint.tasks.iter().filter(|task| task.alive);
-            let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
-            let map = Arc::new(map.map_err(|error| error.to_string())?);
-            let hosts = tree.tasks.iter().map(|task| (task.id, task.pid));
-            let memory =
-                TaskMemory::open(hosts).map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
-            let memory = Arc::new(memory);
-            if let Some(task) = map.tasks().iter().find(|task| !memory.has(task.id)) {
-                return Err(format!("task {} is in the images but not in the tree", task.id));
-            }
-            let (store, pipes): (Arc<dyn PageStore>, _) = match mover.config.store {
-                StoreKind::Frozen => (Arc::new(FrozenStore::new(map.clone(), memory)), None),
-                StoreKind::Pipes => {
-                    let pipes = PipeStore::new(map.clone(), memory, descriptors_for_pipes());
-                    let pipes = Arc::new(pipes.map_err(|error| error.to_string())?);
-                    (pipes.clone(), Some(pipes))
-                }
-            };
-            let lanes = Lanes::new(map.clone(), store);
-            Ok((map, lanes, pipes))
-        })();
-        match prepared {
-            Ok((map, lanes, pipes)) => Ok((fence, map, lanes, pipes)),
-            Err(reason) => {
-                if let Err(error) = fence.lower(tree) {
-                    tracing::error!("{error}");
-                }
-                Err(reason)
-            }
+    ) -> Result<(Arc<LazyMap>, Arc<Lanes>, Option<Arc<PipeStore>>), String> {
+        let checkpoint = Checkpoint::open(&dump.images).map_err(|error| error.to_string())?;
+        let live = checkpoint.tasks.iter().filter(|task| task.alive);
+        let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
+        let map = Arc::new(map.map_err(|error| error.to_string())?);
+        let hosts = tree.tasks.iter().filter(|task| map.task(task.id).is_some());
+        let memory = TaskMemory::open(hosts.map(|task| (task.id, task.pid)))
+            .map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
+        let memory = Arc::new(memory);
+        if let Some(task) = map.tasks().iter().find(|task| !memory.has(task.id)) {
+            return Err(format!("task {} is in the images but not in the tree", task.id));
         }
+        let (store, pipes): (Arc<dyn PageStore>, _) = match mover.config.store {
+            StoreKind::Frozen => (Arc::new(FrozenStore::new(map.clone(), memory)), None),
+            StoreKind::Pipes => {
+                let pipes = PipeStore::new(map.clone(), memory, descriptors_for_pipes());
+                let pipes = Arc::new(pipes.map_err(|error| error.to_string())?);
+                (pipes.clone(), Some(pipes))
+            }
+        };
+        let lanes = Lanes::new(map.clone(), store);
+        Ok((map, lanes, pipes))
     }
 
     fn start_drain(&mut self, criu: &Criu) {
@@ -192,7 +184,7 @@ impl<'a> Frozen<'a> {
         let fault_lane = self.serve_faults(session)?;
         let mut running = Running { at: Instant::now(), drained: self.drained, fault_lane };
         self.wait_prepared(mover, session, &mut running)?;
-        if !fence::stands(self.tree) {
+        if !fence::stands(&self.tree) {
             return Err("a task of the source moves although it was stopped".to_owned().into());
         }
         // The switchover: nothing behind this line resumes the source.
@@ -307,22 +299,48 @@ impl<'a> Frozen<'a> {
         if let Some(drain) = self.drain.take() {
             let _ = drain.join();
         }
-        let mut failed = Vec::new();
-        if let Err(error) = self.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
-            // Killed: the tasks are behind the fence all the same.
-            tracing::debug!("{error}");
-        }
-        let sockets = self.network.end_repair(self.tree);
-        let rules = self.network.unlock();
-        if !rules.is_empty() {
-            failed.push(format!("rules of criu's network lock are left: {}", rules.join("; ")));
-        }
-        if let Err(error) = self.fence.lower(self.tree) {
-            failed.push(format!("{error}: continue it with kill -CONT"));
-        }
-        tracing::info!(sockets, "rolled back: the source runs on");
-        if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+        close(&mut self.dump);
+        let_run(&self.tree, self.network, Some(self.fence))
     }
+}
+
+/// Ends CRIU's page server.
+fn close(dump: &mut Dump) {
+    if let Err(error) = dump.close(limits::CRIU_CLOSE_TIMEOUT) {
+        // Killed: the tasks are behind the fence all the same.
+        tracing::debug!("{error}");
+    }
+}
+
+/// Lets the tasks of a dump that is over run: sockets leave repair mode, the network is unlocked, the fence comes
+/// down.
+fn let_run(tree: &ProcessTree, network: &NetworkLock, fence: Option<Fence>) -> Result<(), String> {
+    let mut failed = Vec::new();
+    let sockets = network.end_repair(tree);
+    let rules = network.unlock();
+    if !rules.is_empty() {
+        failed.push(format!("rules of criu's network lock are left: {}", rules.join("; ")));
+    }
+    match fence.map(|fence| fence.lower(tree)) {
+        Some(Ok(())) => {}
+        Some(Err(error)) => failed.push(format!("{error}: continue it with kill -CONT")),
+        // CRIU has let the tasks go by itself; one that was killed may have left some stopped.
+        None => resume(tree),
+    }
+    tracing::info!(sockets, "rolled back: the source runs on");
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
+}
+
+/// A reason, and what else went wrong on the way back.
+pub(super) fn and(reason: String, also: Result<(), String>) -> String {
+    match also {
+        Ok(()) => reason,
+        Err(also) => format!("{reason}; and {also}"),
+    }
+}
+
+fn not_interrupted(mover: &Mover) -> Result<(), String> {
+    if mover.interrupt.is_pending() { Err("interrupted".into()) } else { Ok(()) }
 }
 
 /// The destination runs.
@@ -349,9 +367,4 @@ fn resume(tree: &ProcessTree) {
     for task in tree.tasks.iter().filter(|task| !task.was_stopped) {
         let _ = task.handle.signal(nix::libc::SIGCONT);
     }
-}
-
-fn tree_runs(tree: &ProcessTree, error: DumpError) -> String {
-    resume(tree);
-    error.to_string()
 }

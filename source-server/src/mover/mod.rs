@@ -161,7 +161,7 @@ impl Mover {
         let frozen = match Frozen::dump(self, &tree, &criu, &network) {
             Ok(frozen) => frozen,
             Err(error) => {
-                // CRIU has let the tasks run again.
+                // The tasks run again.
                 session.abort(&error.to_string());
                 self.rolled_back_hook();
                 return Err(MoveError::RolledBack(error.to_string()));
@@ -183,10 +183,7 @@ impl Mover {
                 if let Some(kept) = kept {
                     reason.push_str(&kept);
                 }
-                match frozen.roll_back() {
-                    Ok(()) => Err(MoveError::RolledBack(reason)),
-                    Err(also) => Err(MoveError::RolledBack(format!("{reason}; and {also}"))),
-                }
+                Err(MoveError::RolledBack(frozen::and(reason, frozen.roll_back())))
             }
         }
     }

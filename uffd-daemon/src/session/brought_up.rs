@@ -16,7 +16,7 @@ use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::units::TaskId;
-use protocol::wire::control::{Control, Offer};
+use protocol::wire::control::Control;
 
 use super::{ByteCount, SessionConfig};
 use crate::barrier::Report;
@@ -75,7 +75,6 @@ impl BroughtUp {
     /// Starts everything that a restore needs, and the restore.
     pub(super) fn start(
         config: &SessionConfig,
-        offer: &Offer,
         dir: WorkDir,
         options: &[OsString],
         fault: Stream,
@@ -87,6 +86,9 @@ impl BroughtUp {
         let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
         let map = map.map_err(|error| error.to_string())?;
         let every_task: Vec<TaskId> = checkpoint.tasks.iter().map(|task| task.id).collect();
+        // Those of the offer, made before the freeze, lack what was forked until then.
+        let threads = checkpoint.tasks.iter().flat_map(|task| task.threads.iter().copied());
+        let pids: Vec<u32> = every_task.iter().map(|id| id.0).chain(threads).collect();
         let tree = Tree::new(&map);
 
         let keeper = KeeperHandle::start().map_err(failed("start the keeper"))?;
@@ -147,7 +149,7 @@ impl BroughtUp {
             restore: None,
             _dir: dir,
         };
-        match this.start_restore(config, offer, options) {
+        match this.start_restore(config, &pids, options) {
             Ok(()) => Ok(this),
             Err(reason) => {
                 this.tear_down();
@@ -159,17 +161,17 @@ impl BroughtUp {
     fn start_restore(
         &mut self,
         config: &SessionConfig,
-        offer: &Offer,
+        pids: &[u32],
         options: &[OsString],
     ) -> Result<(), String> {
-        let used = preflight::first_used(&offer.pids);
+        let used = preflight::first_used(pids);
         let namespace = match (config.place, used) {
             (PidPlace::Host, _) | (PidPlace::Auto, None) => None,
             (PidPlace::New, _) | (PidPlace::Auto, Some(_)) => Some(
                 PidNamespace::create().map_err(|error| format!("cannot make a PID namespace: {error}"))?,
             ),
         };
-        let highest = offer.pids.iter().copied().max().unwrap_or(1);
+        let highest = pids.iter().copied().max().unwrap_or(1);
         let restore = Restore::start(&config.criu, self._dir.path(), namespace, highest, options);
         self.restore = Some(restore.map_err(|error| format!("cannot start criu restore: {error}"))?);
         Ok(())

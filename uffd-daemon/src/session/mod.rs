@@ -159,7 +159,7 @@ impl Session {
                 options.push(option.into());
             }
         }
-        let mut brought_up = BroughtUp::start(&self.config, offer, dir, &options, fault, push)?;
+        let mut brought_up = BroughtUp::start(&self.config, dir, &options, fault, push)?;
         if brought_up.tree.pages() != dumped.lazy_pages {
             let (ours, theirs) = (brought_up.tree.pages(), dumped.lazy_pages);
             brought_up.tear_down();

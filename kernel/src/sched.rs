@@ -1,0 +1,58 @@
+//! How soon a thread gets the processor.
+
+use std::io;
+
+/// `struct sched_attr`, first version with utilisation clamps (56 bytes).
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+    util_min: u32,
+    util_max: u32,
+}
+const _: () = assert!(size_of::<SchedAttr>() == 56);
+
+const SCHED_OTHER: u32 = 0;
+
+/// Gives the calling thread a short time slice and the niceness `nice`, under the normal policy.
+///
+/// A thread that wakes with a shorter slice than the running one's takes the processor at once (kernels from
+/// 6.12 on); with equal slices the running thread finishes its own first, up to some milliseconds. Older
+/// kernels ignore the slice.
+///
+/// # Errors
+/// `EPERM` for a negative `nice` without `CAP_SYS_NICE`.
+pub fn wake_soon(slice_ns: u64, nice: i32) -> io::Result<()> {
+    let attr = SchedAttr {
+        size: 56,
+        policy: SCHED_OTHER,
+        flags: 0,
+        nice,
+        priority: 0,
+        runtime_ns: slice_ns,
+        deadline_ns: 0,
+        period_ns: 0,
+        util_min: 0,
+        util_max: 0,
+    };
+    // SAFETY: the struct lives through the call and `size` is its size; 0 is the calling thread; the kernel
+    // only reads it.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_may_shorten_its_own_slice() {
+        std::thread::spawn(|| wake_soon(100_000, 0).unwrap()).join().unwrap();
+    }
+}
