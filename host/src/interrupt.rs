@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -30,6 +31,12 @@ impl Interrupt {
             signal_hook::low_level::pipe::register(signal, waker.try_clone()?)?;
         }
         Ok(Self { woken })
+    }
+
+    /// Whether a signal has come and was not taken.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        crate::waiting::readable_within(self.as_fd(), Duration::ZERO).unwrap_or(false)
     }
 
     /// Whether a signal has come since the last call.

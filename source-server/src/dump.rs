@@ -45,9 +45,6 @@ pub enum DumpError {
     /// It takes too long.
     #[error("criu dump was not ready after {0:?}")]
     TimedOut(Duration),
-    /// Called off.
-    #[error("interrupted")]
-    Interrupted,
     /// It ended otherwise than it was told.
     #[error("criu dump did not end as told: {0}")]
     Ending(String),

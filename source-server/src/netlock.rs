@@ -5,14 +5,17 @@
 //! method iptables), or by a table of its own (nftables). A connection survives a roll-back only if the
 //! sockets leave repair mode first and the rules go then.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio};
 
 use kernel::spawn::CommandSetup;
 use kernel::tcp;
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
-use crate::process::ProcessTree;
+use crate::process::{ProcessTree, Task};
 
 /// Packets that CRIU itself sends carry this mark and pass its lock.
 const CRIU_MARK: &str = "0xc114";
@@ -21,6 +24,21 @@ const CRIU_MARK: &str = "0xc114";
 #[derive(Debug)]
 pub struct NetworkLock {
     namespace: Option<File>,
+    /// Sockets (by inode) that had `SO_REUSEADDR` set before the freeze: leaving repair mode clears it, and a
+    /// server that is restarted later could not bind its port.
+    reusing: BTreeSet<String>,
+}
+
+/// The TCP and other sockets of a process: inode and a duplicate of each.
+fn sockets(task: &Task) -> Vec<(String, OwnedFd)> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", task.pid)) else { return Vec::new() };
+    let socket = |entry: fs::DirEntry| {
+        let target = fs::read_link(entry.path()).ok()?;
+        let inode = target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned();
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        Some((inode, task.handle.take(number).ok()?))
+    };
+    entries.flatten().filter_map(socket).collect()
 }
 
 impl NetworkLock {
@@ -29,25 +47,27 @@ impl NetworkLock {
     /// # Errors
     /// `NotFound` if the tree is gone.
     pub fn of(tree: &ProcessTree) -> io::Result<Self> {
-        Ok(Self { namespace: crate::dump::other_network(tree.root().pid)? })
+        let namespace = crate::dump::other_network(tree.root().pid)?;
+        let set = |(inode, socket): (String, OwnedFd)| {
+            matches!(getsockopt(&socket, sockopt::ReuseAddr), Ok(true)).then_some(inode)
+        };
+        let reusing = tree.tasks.iter().flat_map(sockets).filter_map(set).collect();
+        Ok(Self { namespace, reusing })
     }
 
     /// Takes every TCP socket of the tree out of repair mode; returns how many there were.
     #[must_use]
     pub fn end_repair(&self, tree: &ProcessTree) -> usize {
         let mut ended = 0;
-        for task in &tree.tasks {
-            let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", task.pid)) else { continue };
-            for entry in entries.flatten() {
-                let socket = fs::read_link(entry.path())
-                    .is_ok_and(|target| target.to_string_lossy().starts_with("socket:"));
-                let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
-                let (true, Some(number)) = (socket, number) else { continue };
-                let Ok(socket) = task.handle.take(number) else { continue };
-                let socket = std::os::fd::AsFd::as_fd(&socket);
-                // Sockets that are not TCP have no such option.
-                if matches!(tcp::in_repair(socket), Ok(true)) && tcp::end_repair(socket).is_ok() {
-                    ended += 1;
+        for (inode, socket) in tree.tasks.iter().flat_map(sockets) {
+            // Sockets that are not TCP have no such option.
+            if !matches!(tcp::in_repair(socket.as_fd()), Ok(true)) || tcp::end_repair(socket.as_fd()).is_err() {
+                continue;
+            }
+            ended += 1;
+            if self.reusing.contains(&inode) {
+                if let Err(error) = setsockopt(&socket, sockopt::ReuseAddr, &true) {
+                    tracing::warn!(inode, "SO_REUSEADDR could not be set again: {error}");
                 }
             }
         }

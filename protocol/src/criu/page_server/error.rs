@@ -23,9 +23,6 @@ pub enum HeaderError {
     /// Page flags that do not exist.
     #[error("decode page-server header: unknown page flags {0:#x}")]
     UnknownFlags(u32),
-    /// The padding of a wide header is not zero.
-    #[error("decode page-server header: padding is {0:#010x}, not zero; the peer uses the 24-byte header")]
-    Padding(u32),
     /// The first header of a client fits both layouts.
     #[error("tell the header layout from a first {0:?} header: it fits both; say compact or wide")]
     AmbiguousLayout(Command),

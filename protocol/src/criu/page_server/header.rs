@@ -129,8 +129,7 @@ impl Header {
     /// Reads a header from the front of `bytes`; what follows it is not looked at.
     ///
     /// # Errors
-    /// [`HeaderError::Short`], [`HeaderError::UnknownCommand`], [`HeaderError::UnknownFlags`] or
-    /// [`HeaderError::Padding`].
+    /// [`HeaderError::Short`], [`HeaderError::UnknownCommand`] or [`HeaderError::UnknownFlags`].
     pub fn decode(layout: HeaderLayout, bytes: &[u8]) -> Result<Self, HeaderError> {
         let short = HeaderError::Short { needed: layout.len(), found: bytes.len() };
         let mut reader = Reader { rest: bytes };
@@ -139,15 +138,13 @@ impl Header {
             let second = reader.u32()?;
             let pages = match layout {
                 HeaderLayout::Compact => u64::from(second),
+                // The second word is padding: CRIU 4.2 sends whatever its compiler left there.
                 HeaderLayout::Wide => reader.u64()?,
             };
-            Some((first, second, pages, reader.u64()?, reader.u64()?))
+            Some((first, pages, reader.u64()?, reader.u64()?))
         };
-        let (first, second, pages, addr, dst) = fields().ok_or(short)?;
+        let (first, pages, addr, dst) = fields().ok_or(short)?;
         let (command, flags) = Command::split(first)?;
-        if layout == HeaderLayout::Wide && second != 0 {
-            return Err(HeaderError::Padding(second));
-        }
         Ok(Self { command, flags, pages, addr, dst })
     }
 

@@ -2,6 +2,7 @@
 
 use super::header::Command;
 use crate::criu::version::{self, VersionError};
+use crate::units::PAGE_BYTES;
 
 /// Bytes of the longest header.
 pub const MAX_HEADER_LEN: usize = HeaderLayout::Wide.len();
@@ -17,6 +18,9 @@ pub enum HeaderLayout {
 
 #[expect(clippy::len_without_is_empty, reason = "a header is never empty")]
 impl HeaderLayout {
+    /// How many bytes it takes to [`detect`](Self::detect) it; every header is longer.
+    pub const DETECT_LEN: usize = 16;
+
     /// Length of a header in bytes.
     #[must_use]
     pub const fn len(self) -> usize {
@@ -34,21 +38,26 @@ impl HeaderLayout {
         version::header_layout(output)
     }
 
-    /// For a server: the layout of a client, from the first eight bytes it sends.
+    /// For a server: the layout of a client, from the first [`HeaderLayout::DETECT_LEN`] bytes it sends.
     ///
-    /// Bytes 4 to 8 are the page count in the compact layout and zero padding in the wide one. A count of zero is
-    /// usual in headers that select an image or close the session, so those tell nothing (`None`), as does an
-    /// unknown command.
+    /// Bytes 8 to 16 are the address of a page in the compact layout and a page count in the wide one, and no client
+    /// asks for as many pages as a page has bytes (CRIU: 1024 at most). Bytes 4 to 8 tell nothing: they are padding
+    /// in the wide layout, and what a compiler leaves there need not be zero. Headers that select an image or close
+    /// the session have neither address nor count (`None`), and an unknown command tells nothing either.
     #[must_use]
-    pub fn detect(first: &[u8; 8]) -> Option<Self> {
-        let (command, second) = first.split_at(4);
-        if second != [0; 4] {
-            return Some(Self::Compact);
+    pub fn detect(first: &[u8]) -> Option<Self> {
+        let (command, rest) = first.split_first_chunk()?;
+        let (_padding_or_count, rest) = rest.split_first_chunk::<4>()?;
+        match Command::split(u32::from_le_bytes(*command)).ok()?.0 {
+            Command::Add | Command::Hole | Command::AddF | Command::Get => {}
+            Command::Open | Command::Open2 | Command::Parent | Command::Close | Command::ForceClose => {
+                return None;
+            }
         }
-        let command = u32::from_le_bytes(command.try_into().ok()?);
-        match Command::split(command).ok()?.0 {
-            Command::Add | Command::Hole | Command::AddF | Command::Get => Some(Self::Wide),
-            Command::Open | Command::Open2 | Command::Parent | Command::Close | Command::ForceClose => None,
+        match u64::from_le_bytes(*rest.first_chunk()?) {
+            0 => None,
+            address if address % PAGE_BYTES == 0 => Some(Self::Compact),
+            _count => Some(Self::Wide),
         }
     }
 }
@@ -66,19 +75,31 @@ impl std::fmt::Display for HeaderLayout {
 mod tests {
     use super::*;
 
+    fn first(words: [u32; 4]) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        for (slot, word) in bytes.chunks_exact_mut(4).zip(words) {
+            slot.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
     #[test]
     fn a_first_get_tells_the_layout() {
-        assert_eq!(HeaderLayout::detect(&[7, 0, 0, 0, 1, 0, 0, 0]), Some(HeaderLayout::Compact));
-        assert_eq!(HeaderLayout::detect(&[7, 0, 0, 0, 0, 0, 0, 0]), Some(HeaderLayout::Wide));
-        assert_eq!(HeaderLayout::detect(&[6, 0, 4, 0, 0, 0, 0, 0]), Some(HeaderLayout::Wide));
+        assert_eq!(HeaderLayout::detect(&first([7, 1, 0x3f38_b000, 0x7fba])), Some(HeaderLayout::Compact));
+        assert_eq!(HeaderLayout::detect(&first([7, 16, 0x40_0000, 0])), Some(HeaderLayout::Compact));
+        for padding in [0, 1, 0x5555] {
+            assert_eq!(HeaderLayout::detect(&first([7, padding, 1, 0])), Some(HeaderLayout::Wide));
+            assert_eq!(HeaderLayout::detect(&first([0x4_0006, padding, 1024, 0])), Some(HeaderLayout::Wide));
+        }
     }
 
     #[test]
     fn a_first_close_or_open_tells_nothing() {
-        for command in [3, 4, 5, 0x23, 0x24] {
-            let second = if command > 7 { 0x10 } else { 0 };
-            assert_eq!(HeaderLayout::detect(&[command, second, 0, 0, 0, 0, 0, 0]), None, "{command:#x}");
+        for command in [3, 4, 5, 0x1023, 0x1024, 0x99] {
+            for padding in [0, 0x5555] {
+                assert_eq!(HeaderLayout::detect(&first([command, padding, 0, 0])), None, "{command:#x}");
+            }
         }
-        assert_eq!(HeaderLayout::detect(&[0x99, 0, 0, 0, 0, 0, 0, 0]), None);
+        assert_eq!(HeaderLayout::detect(&first([7, 0, 0, 0])), None);
     }
 }

@@ -90,11 +90,25 @@ fn unknown_flags_are_refused() {
     assert_eq!(Header::decode(HeaderLayout::Wide, &bytes), Err(HeaderError::UnknownFlags(8)));
 }
 
+/// The first header that Debian's `criu lazy-pages` 4.2.1 sent: page 0x7fba383f0000 of task 555.
 #[test]
-fn compact_header_read_as_wide_is_refused() {
+fn padding_of_a_wide_header_is_not_looked_at() {
+    let bytes = [
+        &[7, 0, 0, 0, 0x55, 0x55, 0, 0][..],
+        &[1, 0, 0, 0, 0, 0, 0, 0],
+        &[0, 0, 0x3f, 0x38, 0xba, 0x7f, 0, 0],
+        &[0x2b, 2, 0, 0, 0, 0, 0, 0],
+    ];
+    let header = Header::decode(HeaderLayout::Wide, &bytes.concat());
+    assert_eq!(header, Ok(Header::get(TaskId(555), run(0x7fba_383f_0000, 1))));
+}
+
+#[test]
+fn compact_request_read_as_wide_is_refused() {
     let mut bytes = encoded(Header::get(TaskId(1), run(0x1000, 9)), HeaderLayout::Compact);
     bytes.extend([0; 8]);
-    assert_eq!(Header::decode(HeaderLayout::Wide, &bytes), Err(HeaderError::Padding(9)));
+    let request = Header::decode(HeaderLayout::Wide, &bytes).unwrap();
+    assert_eq!(request.requested(), Err(HeaderError::NotAPid(0)));
 }
 
 #[test]
