@@ -45,6 +45,9 @@ pub enum DumpError {
     /// It takes too long.
     #[error("criu dump was not ready after {0:?}")]
     TimedOut(Duration),
+    /// Called off, and it did not get ready soon enough to be sent away cleanly.
+    #[error("interrupted")]
+    Interrupted,
     /// It ended otherwise than it was told.
     #[error("criu dump did not end as told: {0}")]
     Ending(String),

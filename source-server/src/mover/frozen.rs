@@ -81,7 +81,7 @@ impl<'a> Frozen<'a> {
         mover.recorder.phase("freeze");
         let mut dump = Dump::start(criu, mover.config.pid, dir.path(), &mover.config.criu_options)
             .map_err(|error| error.to_string())?;
-        let ready = dump.wait_ready(tree.root().pid, limits::DUMP_TIMEOUT);
+        let ready = dump.wait_ready(tree.root().pid, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT);
         let frozen_at = match ready {
             Ok(frozen_at) => frozen_at,
             Err(error) => return Err(and(error.to_string(), let_run(tree, network, None))),
@@ -172,9 +172,6 @@ impl<'a> Frozen<'a> {
 
     /// Ships the images, waits for the restore, and commits. Returns when the destination runs.
     pub(super) fn reach_commit(&self, mover: &mut Mover, session: &Session) -> Result<Running, Why> {
-        if mover.interrupt.take() {
-            return Err("interrupted".to_owned().into());
-        }
         mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
         mover.recorder.phase("ship");
         let lost = |error: ControlError| format!("lost the destination: {error}");

@@ -419,7 +419,7 @@ pub(super) mod tests {
 
     #[test]
     fn an_answer_has_what_there_is_but_never_too_much() {
-        let rig = Rig::start(None);
+        let rig = Rig::start(Some(HeaderLayout::Wide));
         let client = rig.client(HeaderLayout::Wide);
         client.get(2060, 1 << 30);
         assert_eq!(client.pages(2060, 1 << 30), [12, 13, 14, 15]);
