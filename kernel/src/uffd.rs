@@ -321,6 +321,14 @@ impl Uffd {
         }
     }
 
+    /// Whether the address space behind it is gone.
+    #[must_use]
+    pub fn is_orphaned(&self) -> bool {
+        // The kernel looks for the address space before it looks for an area, so any address will do.
+        const ANYWHERE: u64 = 0x1000_0000;
+        matches!(self.probe(ANYWHERE), Ok(Probe::TaskGone))
+    }
+
     fn ioctl<T>(&self, request: libc::c_ulong, arg: &mut T) -> io::Result<()> {
         // SAFETY: the descriptor is open; every request above is paired with the struct whose size its
         // number carries (checked by the const asserts), exclusively borrowed for the call. The kernel

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use host::mailbox::{Mailbox, Post};
-use kernel::uffd::{Event, EventBuffer, Install, Probe, Uffd};
+use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
 
@@ -98,6 +98,8 @@ pub struct FaultLoop<U> {
     cursor: (usize, u64),
     background_pages: u64,
     told_settled: bool,
+    /// Something happened that may have settled the last page.
+    maybe_settled: bool,
     checked: Instant,
 }
 
@@ -128,6 +130,7 @@ impl<U: Upstream> FaultLoop<U> {
             cursor: (0, 0),
             background_pages: 0,
             told_settled: false,
+            maybe_settled: true,
             checked: Instant::now(),
         }
     }
@@ -262,6 +265,7 @@ impl<U: Upstream> FaultLoop<U> {
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
         let now = Instant::now();
+        self.maybe_settled |= guard.remote_pages() == 0;
         for child in children {
             self.adopt(&mut guard, family, space, child);
         }
@@ -455,10 +459,12 @@ impl<U: Upstream> FaultLoop<U> {
                 }
             }
         }
+        let complete = family.remote_pages() == 0;
         drop(family);
         if asked.origin == Origin::Demand {
             self.record(asked.at.elapsed());
         }
+        self.maybe_settled |= complete;
         if let Some(waiter) = unreached {
             self.wake_waiter(asked.family, waiter);
         }
@@ -509,13 +515,17 @@ impl<U: Upstream> FaultLoop<U> {
             self.checked = Instant::now();
             self.drop_exited();
         }
-        if self.running && !self.told_settled && self.in_flight.is_empty() && self.tree.check_settled() {
-            self.told_settled = true;
-            self.notify(Notice::Settled);
+        if self.running && !self.told_settled && self.maybe_settled && self.in_flight.is_empty() {
+            self.maybe_settled = false;
+            if self.tree.check_settled() {
+                self.told_settled = true;
+                self.notify(Notice::Settled);
+            }
         }
     }
 
     fn drop_exited(&mut self) {
+        self.maybe_settled = true;
         if !self.running || !self.zeroes.is_empty() {
             // Positions in `zeroes` must stay valid.
             return;
@@ -523,13 +533,11 @@ impl<U: Upstream> FaultLoop<U> {
         let tree = self.tree.clone();
         self.served.retain(|served| {
             let mut family = tree.lock(served.family);
-            let Some(space) = family.space(served.space) else { return false };
-            let Some(at) = space.any_address() else { return true };
-            if matches!(served.uffd.probe(at.get()), Ok(Probe::TaskGone)) {
-                drop(family.exited(served.space));
-                return false;
+            if family.space(served.space).is_some() && !served.uffd.is_orphaned() {
+                return true;
             }
-            true
+            drop(family.exited(served.space));
+            false
         });
     }
 

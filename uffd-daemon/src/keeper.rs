@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use kernel::fds;
 use kernel::spawn::CommandSetup;
-use kernel::uffd::{Probe, Uffd};
+use kernel::uffd::Uffd;
 
 /// Name of the hidden verb that runs the keeper.
 pub const VERB: &str = "keeper";
@@ -23,9 +23,6 @@ const DISMISS: u8 = b'Q';
 
 /// How often an orphaned keeper looks whether its tasks are still there.
 const LOOK: Duration = Duration::from_secs(1);
-
-/// An address to ask the kernel about; it need not be mapped.
-const ANY_ADDRESS: u64 = 0x1000_0000;
 
 /// The daemon's end of a keeper.
 #[derive(Clone, Debug)]
@@ -94,7 +91,7 @@ pub fn run() -> std::process::ExitCode {
     // The daemon is gone. Its tasks wait as long as they are there.
     while !held.is_empty() {
         std::thread::sleep(LOOK);
-        held.retain(|uffd| !matches!(uffd.probe(ANY_ADDRESS), Ok(Probe::TaskGone)));
+        held.retain(|uffd| !uffd.is_orphaned());
     }
     std::process::ExitCode::SUCCESS
 }

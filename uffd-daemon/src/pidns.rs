@@ -65,8 +65,8 @@ impl PidNamespace {
         self.init_pid
     }
 
-    /// Starts the command in the namespace, with the barrier's socket in its environment; pids above
-    /// `keep_free_below` are used for it and its helpers.
+    /// Starts the command in the namespace, with the barrier's socket in its environment and what it prints in
+    /// `output`; pids above `keep_free_below` are used for it and its helpers.
     ///
     /// # Errors
     /// A broken pipe if the namespace is gone.
@@ -75,11 +75,12 @@ impl PidNamespace {
         program: &str,
         args: &[String],
         barrier: &Path,
+        output: &Path,
         keep_free_below: u32,
     ) -> io::Result<()> {
         let mut orders = self.orders.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let order = serde_json::json!({
-            "program": program, "args": args, "barrier": barrier, "last_pid": keep_free_below
+            "program": program, "args": args, "barrier": barrier, "output": output, "last_pid": keep_free_below
         });
         orders.write_all(format!("{order}\n").as_bytes())
     }
@@ -161,8 +162,11 @@ fn init() -> io::Result<()> {
     }
     let mut command = Command::new(program);
     command.env(barrier::SOCKET, order["barrier"].as_str().unwrap_or_default());
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let output = std::fs::File::create(order["output"].as_str().unwrap_or_default())?;
+    command.args(args).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
     let child = command.spawn()?;
+    // It holds the file that CRIU prints to.
+    drop(command);
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     reap(child)
 }
@@ -184,7 +188,8 @@ fn reap(child: Pid) -> io::Result<()> {
             WaitStatus::Signaled(_, signal, _) => 128 + signal as i32,
             _ => continue,
         };
-        println!("exit {code}");
+        // A daemon that has died does not take the tree with it.
+        let _ = writeln!(io::stdout(), "exit {code}");
         detach()?;
     }
 }

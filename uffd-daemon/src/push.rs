@@ -1,6 +1,6 @@
 //! The push lane, destination's side: pages in, acknowledgements out.
 //!
-//! One thread receives a frame and installs it in slices, so that a fault never waits behind more than one
+//! One thread receives and installs in slices, so that a fault never waits behind more than one
 //! slice in the kernel or in a family's lock.
 
 use std::io;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use host::waiting;
 use protocol::link::Stream;
-use protocol::units::PAGE_SIZE;
+use protocol::units::{PAGE_SIZE, pages_to_bytes};
 use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, encode_ack};
 use protocol::wire::limits::RUNS_PER_ACK_MAX;
@@ -49,7 +49,7 @@ pub struct PushLane {
     stream: Stream,
     tree: Arc<Tree>,
     received: Arc<AtomicU64>,
-    data: Vec<u8>,
+    slice: Vec<u8>,
     acks: Vec<protocol::wire::frame::TaskRun>,
     swept: Instant,
 }
@@ -58,7 +58,14 @@ impl PushLane {
     /// Over a stream whose hello is done; counts what it receives in `received`.
     #[must_use]
     pub fn new(stream: Stream, tree: Arc<Tree>, received: Arc<AtomicU64>) -> Self {
-        Self { stream, tree, received, data: Vec::new(), acks: Vec::new(), swept: Instant::now() }
+        Self {
+            stream,
+            tree,
+            received,
+            slice: vec![0; limits::INSTALL_SLICE_PAGES * PAGE_SIZE],
+            acks: Vec::new(),
+            swept: Instant::now(),
+        }
     }
 
     /// Installs what comes until every page of the tree is settled and acknowledged.
@@ -81,11 +88,8 @@ impl PushLane {
         }
     }
 
+    /// Receives one frame and installs it slice by slice, each while it is still in the processor's cache.
     fn frame(&mut self) -> Result<(), PushError> {
-        let closed = |error: io::Error| match error.kind() {
-            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => PushError::Closed,
-            _ => PushError::Io(error),
-        };
         let mut head = [0; RUN_HEADER_LEN];
         self.stream.receive_all(&mut head).map_err(closed)?;
         let frame = RunFrame::decode(&head)?;
@@ -94,40 +98,40 @@ impl PushLane {
                 CodecError::Meaning { field: "frame kind on this lane", value: frame.kind as u64 }.into()
             );
         }
-        if self.data.len() < frame.data_len {
-            self.data.resize(frame.data_len, 0);
+        let run = frame.what.run;
+        let (position, first) = self.place(&frame)?;
+        let slice_pages = limits::INSTALL_SLICE_PAGES as u64;
+        let mut at = first;
+        while at < first + run.pages {
+            let pages = slice_pages.min(first + run.pages - at);
+            let bytes = usize::try_from(pages_to_bytes(pages)).unwrap_or(0).min(self.slice.len());
+            self.stream.receive_all(&mut self.slice[..bytes]).map_err(closed)?;
+            install_slice(&self.tree, position, at, &self.slice[..bytes])?;
+            at += pages;
         }
-        self.stream.receive_all(&mut self.data[..frame.data_len]).map_err(closed)?;
         self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
-        self.install(&frame)
-    }
-
-    fn install(&mut self, frame: &RunFrame) -> Result<(), PushError> {
-        let (task, run) = (frame.what.task, frame.what.run);
-        let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
-        let Some(position) = self.tree.position(task) else { return Err(not_lazy) };
-        let tree = self.tree.clone();
-        let first = {
-            let mut family = tree.lock(position);
-            let map = family.map();
-            let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end());
-            let Some(found) = found else { return Err(not_lazy) };
-            let first = found.first - map.first + run.start.pages_since(found.run.start);
-            family.announced(first, run.pages);
-            first
-        };
-        let slice = limits::INSTALL_SLICE_PAGES;
-        for (i, part) in self.data[..frame.data_len].chunks(slice * PAGE_SIZE).enumerate() {
-            install_slice(&tree, position, first + (i * slice) as u64, part)?;
-        }
-        let mut family = tree.lock(position);
+        let mut family = self.tree.lock(position);
         family.acknowledge(first, first + run.pages, RUNS_PER_ACK_MAX, &mut self.acks);
         let complete = family.remote_pages() == 0;
         drop(family);
         if complete {
-            tree.check_settled();
+            self.tree.check_settled();
         }
         self.send_acks()
+    }
+
+    /// Position of the frame's family, and the index of its first page there.
+    fn place(&self, frame: &RunFrame) -> Result<(usize, u64), PushError> {
+        let (task, run) = (frame.what.task, frame.what.run);
+        let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
+        let Some(position) = self.tree.position(task) else { return Err(not_lazy) };
+        let mut family = self.tree.lock(position);
+        let map = family.map();
+        let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end());
+        let Some(found) = found else { return Err(not_lazy) };
+        let first = found.first - map.first + run.start.pages_since(found.run.start);
+        family.announced(first, run.pages);
+        Ok((position, first))
     }
 
     /// Acknowledges what was settled otherwise: by faults, or because the task dropped it.
@@ -148,6 +152,13 @@ impl PushLane {
             self.acks.clear();
         }
         Ok(())
+    }
+}
+
+fn closed(error: io::Error) -> PushError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => PushError::Closed,
+        _ => PushError::Io(error),
     }
 }
 

@@ -71,7 +71,8 @@ impl Restore {
         let place = match namespace {
             Some(mut namespace) => {
                 // Room for CRIU and for the programs it starts.
-                namespace.start(&text(&criu.path), &args, barrier.path(), highest_pid + 1)?;
+                let (program, output) = (text(&criu.path), criu::printed(&log));
+                namespace.start(&program, &args, barrier.path(), &output, highest_pid + 1)?;
                 Place::Namespace(namespace)
             }
             None => {

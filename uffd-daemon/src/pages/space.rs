@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use protocol::bitmap::Bitmap;
 use protocol::lazy_map::TaskMap;
-use protocol::units::{TaskAddr, pages_to_bytes};
+use protocol::units::TaskAddr;
 
 /// Pages that lie together in the task and in the numbering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,12 +101,6 @@ impl Space {
         (pages > 0).then(|| Stretch { at: at.add(offset), first: start, pages })
     }
 
-    /// An address that lies in a lazy segment, to ask the kernel about the space.
-    #[must_use]
-    pub fn any_address(&self) -> Option<TaskAddr> {
-        self.by_addr.keys().next().copied()
-    }
-
     /// The first address of every segment, to check that restore registered them.
     pub fn segment_starts(&self) -> impl Iterator<Item = TaskAddr> + '_ {
         self.by_addr.keys().copied()
@@ -191,12 +185,6 @@ impl Space {
             }
         }
         parts
-    }
-
-    /// Bytes of the bookkeeping that grow with the memory moved, for reports.
-    #[must_use]
-    pub fn bitmap_bytes(&self) -> u64 {
-        pages_to_bytes(self.remote.len()) / (8 * 4096)
     }
 }
 
