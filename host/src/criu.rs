@@ -142,7 +142,7 @@ impl Running {
     /// # Errors
     /// The errno of starting it.
     pub fn start(command: &mut Command, log: PathBuf) -> io::Result<Self> {
-        let printed = File::create(log.with_extension("out"))?;
+        let printed = File::create(printed(&log))?;
         let child = command.stdin(Stdio::null()).stdout(printed.try_clone()?).stderr(printed).spawn()?;
         let pidfd = PidFd::open(child.id())?;
         Ok(Self { child, pidfd, log })
@@ -176,18 +176,23 @@ impl Running {
     }
 }
 
-/// The error lines of a CRIU log (and of what CRIU printed), most telling last; a pointer if there is none.
+/// Where what CRIU prints itself goes, beside its log.
+#[must_use]
+pub fn printed(log: &Path) -> PathBuf {
+    log.with_extension("out")
+}
+
+/// The error lines of a CRIU log (and of what CRIU printed), most telling last; without any, the last it printed.
 #[must_use]
 pub fn complaint(log: &Path) -> String {
     const MOST: usize = 5;
-    let mut lines: Vec<String> = Vec::new();
-    for file in [log.to_owned(), log.with_extension("out")] {
-        let Ok(bytes) = std::fs::read(&file) else { continue };
-        let text = String::from_utf8_lossy(&bytes);
-        lines.extend(text.lines().filter(|line| line.contains("Error")).map(|line| line.trim().to_owned()));
-    }
+    let texts = [log.to_owned(), printed(log)]
+        .map(|file| String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned());
+    let lines = texts.iter().flat_map(|text| text.lines()).map(str::trim).filter(|line| !line.is_empty());
+    let errors: Vec<&str> = lines.clone().filter(|line| line.contains("Error")).collect();
+    let lines = if errors.is_empty() { lines.collect() } else { errors };
     if lines.is_empty() {
-        return format!("criu gave no reason in {}", log.display());
+        return "it gave no reason".to_owned();
     }
     let skip = lines.len().saturating_sub(MOST);
     lines[skip..].join("; ")
@@ -229,6 +234,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("dump.log");
         assert!(complaint(&log).contains("no reason"));
+        std::fs::write(printed(&log), "unrecognized option\n").unwrap();
+        assert_eq!(complaint(&log), "unrecognized option");
         std::fs::write(&log, "(0.1) fine\n(0.2) Error (a.c:1): first\n(0.3) Error (b.c:2): last\n").unwrap();
         assert!(complaint(&log).ends_with("last"));
     }

@@ -61,7 +61,8 @@ impl NetworkLock {
         let mut ended = 0;
         for (inode, socket) in tree.tasks.iter().flat_map(sockets) {
             // Sockets that are not TCP have no such option.
-            if !matches!(tcp::in_repair(socket.as_fd()), Ok(true)) || tcp::end_repair(socket.as_fd()).is_err() {
+            if !matches!(tcp::in_repair(socket.as_fd()), Ok(true)) || tcp::end_repair(socket.as_fd()).is_err()
+            {
                 continue;
             }
             ended += 1;

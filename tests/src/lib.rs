@@ -1,2 +1,61 @@
-//! End-to-end tests live under `tests/tests/`; this crate has no code of its own.
+//! What the end-to-end tests under `tests/tests/` have in common: they move real processes with the real programs
+//! and a real CRIU, and look at what came of it from outside.
+//!
+//! - [`site`]: the place of one test, and what must not be left there
+//! - [`programs`]: where the programs and CRIUs are
+//! - [`tool`]: a program of ours as a process: its lines, its end
+//! - [`moves`]: both sides of a move, started, waited for and judged
+//! - [`accounts`]: what two reports of one move must agree on
+//! - [`stamps`]: the stamping workload before, during and after a move
+//! - [`gate`]: a hook that stops a move at a phase until the test lets it go on
+//! - [`proxy`]: a link between the sides that the test can cut
+//! - [`peer`]: one side of the session protocol, played by the test
+//! - [`echo`]: a server with an established connection
+//! - [`stock`]: CRIU's own programs, as scripts use them; [`valve`]: a connection to a page server that stalls
+//! - [`processes`]: who is there, without touching anybody's memory
+//!
+//! What does not come true panics with what the programs said. Nothing waits without a deadline.
 #![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+pub mod accounts;
+pub mod echo;
+pub mod gate;
+pub mod moves;
+pub mod peer;
+pub mod processes;
+pub mod programs;
+pub mod proxy;
+pub mod site;
+pub mod stamps;
+pub mod stock;
+pub mod tool;
+pub mod valve;
+
+/// How long one step of a test may take: many times what it takes on a slow machine.
+pub const STEP: Duration = Duration::from_secs(60);
+/// How long a whole move may take.
+pub const MOVE: Duration = Duration::from_secs(180);
+
+/// Whether the long variants run: `POSTCOPY_TEST_LONG=1`.
+#[must_use]
+pub fn long() -> bool {
+    std::env::var_os("POSTCOPY_TEST_LONG").is_some_and(|value| value == "1")
+}
+
+/// Looks until `found` finds something, for what the kernel tells nobody about.
+///
+/// # Panics
+/// If it does not within `limit`; says `what`.
+#[track_caller]
+pub fn eventually<T>(what: &str, limit: Duration, mut found: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(found) = found() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

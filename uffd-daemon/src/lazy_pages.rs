@@ -272,6 +272,16 @@ fn say_ready(arguments: &LazyPagesArguments) -> Result<(), LazyPagesError> {
             return Err(LazyPagesError::Usage(format!("{} failed: {status}", script.display())));
         }
     }
+    if arguments.ready_fd.is_some() {
+        // Whoever reads the output of the command waits for its end, not for the daemon's.
+        let nowhere = File::options().write(true).open("/dev/null");
+        let closed = nowhere.and_then(|nowhere| {
+            nix::unistd::dup2_stdout(&nowhere)?;
+            nix::unistd::dup2_stderr(&nowhere)?;
+            Ok(())
+        });
+        closed.map_err(io_error("let go of standard output"))?;
+    }
     for number in [arguments.status_fd, arguments.ready_fd].into_iter().flatten() {
         let written = File::from(take_number(number)?).write_all(&[0]);
         written.map_err(io_error(format!("write to descriptor {number}")))?;

@@ -174,7 +174,7 @@ impl<'a> Frozen<'a> {
     pub(super) fn reach_commit(&self, mover: &mut Mover, session: &Session) -> Result<Running, Why> {
         mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
         mover.recorder.phase("ship");
-        let lost = |error: ControlError| format!("lost the destination: {error}");
+        let lost = |error: ControlError| session.lost(&error);
         let (images, bytes) = session.ship(&self.dump.images).map_err(lost)?;
         let frozen_us = u64::try_from(self.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
         let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages() };

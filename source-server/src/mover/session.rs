@@ -89,14 +89,25 @@ impl Session {
         Ok((count, sent))
     }
 
+    /// Why nothing can be sent any more: the destination's own reason, if it gave one before it closed.
+    pub(super) fn lost(&self, error: &ControlError) -> String {
+        while let Ok(true) = waiting::readable_within(self.control.as_fd(), Duration::ZERO) {
+            match self.control.receive() {
+                Ok(Control::Abort(reason)) => return format!("destination: {reason}"),
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        format!("lost the destination: {error}")
+    }
+
     /// Calls the move off and waits until the destination is clean. Returns what is left to say.
     pub(super) fn abort(&self, reason: &str) -> Option<String> {
         let unsure = |why: &str| {
             Some(format!("; the destination did not confirm that it is clean ({why}): look at it"))
         };
-        if self.control.send(&Control::Abort(reason.to_owned())).is_err() {
-            return unsure("connection lost");
-        }
+        // One that has given up by itself does not listen any more; its word that it is clean is here then.
+        let _ = self.control.send(&Control::Abort(reason.to_owned()));
         let deadline = Instant::now() + limits::ROLLED_BACK_TIMEOUT;
         loop {
             match waiting::readable([self.control.as_fd()], Some(deadline)) {

@@ -1,0 +1,93 @@
+//! What two reports of one move must agree on, and what must add up in each.
+
+use experiments::report::MoveReport;
+use protocol::units::PAGE_BYTES;
+
+/// Bytes in front of the pages of a frame.
+const HEAD_BYTES: u64 = protocol::wire::frame::RUN_HEADER_LEN as u64;
+/// Most pages that the source pushes in one frame.
+const PUSH_FRAME_PAGES_MAX: u64 = 256;
+
+/// What the moved tree did with its memory while it arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// Every page stayed where it was, and mapped: each arrives exactly once or is a counted duplicate.
+    Steady,
+    /// Mappings changed, or the tree forked: pages go, and arrive in several address spaces.
+    Changing,
+}
+
+/// Judges the two reports of a move that was released.
+///
+/// # Panics
+/// If they do not add up or do not agree.
+#[track_caller]
+pub fn check(source: &MoveReport, destination: &MoveReport, memory: Memory) {
+    assert_eq!((source.role.as_str(), destination.role.as_str()), ("source", "destination"));
+    assert_eq!(source.session, destination.session);
+    for report in [source, destination] {
+        let (pages, tasks) = (report.pages, &report.tasks);
+        assert!(pages.adds_up(), "{report}");
+        assert_eq!(tasks.iter().map(|task| task.lazy_pages).sum::<u64>(), pages.lazy, "{report}");
+        assert_eq!((pages.precopied, report.bytes.precopy), (0, 0), "nothing was copied before: {report}");
+        assert!(report.error.is_none(), "{report}");
+        assert!(report.blackout_ms > 0.0 && report.blackout_ms < report.total_ms, "{report}");
+        assert!(report.brownout_ms > 0.0 && report.brownout_ms < report.total_ms, "{report}");
+        check_phases(report);
+    }
+    assert_eq!(source.pages, destination.pages, "{source}{destination}");
+    assert_eq!(source.fault_latency_us, destination.fault_latency_us, "{source}{destination}");
+    let tasks = |report: &MoveReport| {
+        let mut tasks: Vec<_> = report.tasks.iter().map(|task| (task.pid, task.lazy_pages)).collect();
+        tasks.sort_unstable();
+        tasks
+    };
+    assert_eq!(tasks(source), tasks(destination), "{source}{destination}");
+    let bytes = |report: &MoveReport| (report.bytes.fault_lane, report.bytes.push_lane);
+    assert_eq!(bytes(source), bytes(destination), "{source}{destination}");
+    // Each side measures by itself: the destination from the freeze as the source dates it.
+    let apart = (source.blackout_ms - destination.blackout_ms).abs();
+    assert!(apart < 0.1 * source.blackout_ms + 20.0, "{source}{destination}");
+    check_lanes(destination, memory);
+}
+
+/// Phases follow each other without gaps and within the whole.
+#[track_caller]
+fn check_phases(report: &MoveReport) {
+    let mut due = 0.0;
+    for phase in &report.phases {
+        assert!((phase.start_ms - due).abs() < 1.0, "{} does not follow: {report}", phase.name);
+        due = phase.start_ms + phase.ms;
+    }
+    assert!((due - report.total_ms).abs() < 1.0, "the phases do not fill the whole: {report}");
+    let names: Vec<&str> = report.phases.iter().map(|phase| phase.name.as_str()).collect();
+    let wanted: &[&str] = match report.role.as_str() {
+        "source" => &["preflight", "freeze", "dump", "ship", "restore", "push", "release"],
+        _ => &["preflight", "ship", "restore", "push", "release"],
+    };
+    assert_eq!(names, wanted, "{report}");
+}
+
+/// What the lanes carried is what the pages say.
+#[track_caller]
+fn check_lanes(report: &MoveReport, memory: Memory) {
+    let (pages, bytes, faults) = (report.pages, report.bytes, report.fault_latency_us.count);
+    let answer = PAGE_BYTES + HEAD_BYTES;
+    assert!(pages.demand <= faults, "a page on demand without a fault: {report}");
+    assert!(bytes.fault_lane >= faults * answer, "faults without an answer: {report}");
+    // What is no page was settled before: an answer without data.
+    assert_eq!((bytes.fault_lane - faults * answer) % HEAD_BYTES, 0, "{report}");
+    assert!(bytes.push_lane >= pages.push * PAGE_BYTES, "{report}");
+    if memory == Memory::Changing {
+        return;
+    }
+    assert_eq!((pages.gone, pages.zero), (0, 0), "no page went away: {report}");
+    // Every page that came was the first or redundant.
+    let pushed = pages.lazy + pages.redundant - faults;
+    let heads = bytes.push_lane.checked_sub(pushed * PAGE_BYTES);
+    let heads =
+        heads.unwrap_or_else(|| panic!("fewer bytes than the {pushed} pages that were pushed: {report}"));
+    let frames = heads / HEAD_BYTES;
+    assert_eq!(heads % HEAD_BYTES, 0, "{pushed} pages: {report}");
+    assert!(frames >= pushed.div_ceil(PUSH_FRAME_PAGES_MAX) && frames <= pushed, "{pushed} pages: {report}");
+}

@@ -1,0 +1,1 @@
+//! One side of the session protocol, played by the test.

@@ -1,0 +1,112 @@
+//! Who is there, read from files of /proc that do not touch the memory of the process they are about: `cmdline` and
+//! `environ` of a task that waits for a missing page would wait for it, too.
+
+use std::fmt;
+use std::fs;
+
+use kernel::pidfd::PidFd;
+use nix::sys::signal::Signal;
+
+/// A process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its pid.
+    pub pid: u32,
+    /// Its parent's.
+    pub parent: u32,
+    /// Its name.
+    pub name: String,
+    /// Its state: `R`, `S`, `D`, `T` stopped, `t` traced, `Z` ended.
+    pub state: char,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ({}) of {}", self.pid, self.name, self.state, self.parent)
+    }
+}
+
+impl Entry {
+    /// The process with this pid, if there is one.
+    #[must_use]
+    pub fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may hold anything; the last parenthesis ends it.
+        let (head, tail) = stat.rsplit_once(')')?;
+        let mut words = tail.split_whitespace();
+        let state = words.next()?.chars().next()?;
+        let parent = words.next()?.parse().ok()?;
+        Some(Self { pid, parent, name: head.split_once('(')?.1.to_owned(), state })
+    }
+
+    /// Whether it has ended and only waits to be reaped.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        matches!(self.state, 'Z' | 'X')
+    }
+}
+
+/// Whether the process is gone or has ended.
+#[must_use]
+pub fn has_ended(pid: u32) -> bool {
+    Entry::of(pid).is_none_or(|entry| entry.has_ended())
+}
+
+/// Whether the process stands still: stopped by a signal, or held by a tracer.
+#[must_use]
+pub fn is_stopped(pid: u32) -> bool {
+    Entry::of(pid).is_some_and(|entry| matches!(entry.state, 'T' | 't'))
+}
+
+/// Every process below `root` that has not ended.
+#[must_use]
+pub fn below(root: u32) -> Vec<Entry> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let all: Vec<Entry> = pids.filter_map(Entry::of).collect();
+    let mut found = vec![root];
+    let mut next = 0;
+    while next < found.len() {
+        let parent = found[next];
+        found.extend(all.iter().filter(|entry| entry.parent == parent).map(|entry| entry.pid));
+        next += 1;
+    }
+    let live = |entry: &Entry| entry.pid != root && found.contains(&entry.pid) && !entry.has_ended();
+    all.into_iter().filter(live).collect()
+}
+
+/// The pid that the process has in its own PID namespace.
+#[must_use]
+pub fn innermost_pid(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.split_whitespace().last()?.parse().ok()
+}
+
+/// Kills what is still below `root`.
+pub fn kill_below(root: u32) {
+    for Entry { pid, .. } in below(root) {
+        // Held first, then looked at again: by now the pid could be somebody else's.
+        let Ok(held) = PidFd::open(pid) else { continue };
+        if below(root).iter().any(|entry| entry.pid == pid) {
+            let _ = held.signal(Signal::SIGKILL as i32);
+        }
+    }
+}
+
+/// Sends a signal to a process of this test.
+///
+/// # Panics
+/// If it is not there.
+#[track_caller]
+pub fn signal(pid: u32, signal: Signal) {
+    let sent = PidFd::open(pid).and_then(|held| held.signal(signal as i32));
+    sent.unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
+}
+
+/// Number of pipe ends that a process has open.
+#[must_use]
+pub fn pipe_ends(pid: u32) -> usize {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let targets = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+    targets.filter(|target| target.to_string_lossy().starts_with("pipe:")).count()
+}

@@ -1,0 +1,149 @@
+//! The stamping workload before, during and after a move.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use experiments::stamp::{Handle, Options};
+use experiments::workload::Files;
+
+use crate::site::Site;
+use crate::{STEP, programs};
+
+/// A running stamping workload and its files.
+#[derive(Debug)]
+pub struct Stamp {
+    handle: Handle,
+    status: PathBuf,
+}
+
+/// A workload of `mib` for a move that is about something else than its size.
+#[must_use]
+pub fn small(site: &Site, mib: usize) -> Options {
+    Options { mib, threads: 2, ..options(site, "stamp") }
+}
+
+/// The defaults of the workload, its files in the test's directory.
+#[must_use]
+pub fn options(site: &Site, name: &str) -> Options {
+    Options::new(Files::in_dir(&site.path(""), name))
+}
+
+impl Stamp {
+    /// Starts it, and has its memory verified once.
+    ///
+    /// # Panics
+    /// If it does not start or does not work where it is.
+    #[track_caller]
+    pub fn start(options: &Options) -> Self {
+        Self::start_as(Command::new(programs::program("experiments")), options)
+    }
+
+    /// As [`Stamp::start`], by a command that becomes the workload.
+    ///
+    /// # Panics
+    /// If it does not start or does not work where it is.
+    #[track_caller]
+    pub fn start_as(command: Command, options: &Options) -> Self {
+        let handle = Handle::start(command, options, STEP).unwrap_or_else(|error| panic!("{error:#}"));
+        let mut stamp = Self { handle, status: options.files.status.clone() };
+        stamp.assert_unharmed();
+        stamp
+    }
+
+    /// The pid of its root.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.handle.pid()
+    }
+
+    /// The workload runs elsewhere from now on.
+    ///
+    /// # Panics
+    /// If it is still here.
+    #[track_caller]
+    pub fn mark_moved(&mut self) {
+        self.handle.mark_moved();
+        self.handle.wait_gone(STEP).unwrap_or_else(|error| panic!("the source is still there: {error:#}"));
+    }
+
+    /// From now on the process that was started here may end: the test ends it, or a move broke.
+    pub const fn give_up(&mut self) {
+        self.handle.mark_moved();
+    }
+
+    /// It works: operations go on, nothing was ever wrong, and neither is it now.
+    ///
+    /// # Panics
+    /// Otherwise.
+    #[track_caller]
+    pub fn assert_unharmed(&mut self) {
+        self.assert_works();
+        let checked = self.handle.check(STEP).unwrap_or_else(|error| panic!("{error:#}"));
+        assert!(checked.wrong == 0 && checked.pages > 0, "{checked:?}: {:#?}", self.wrong_lines());
+        self.assert_works();
+        self.assert_alone();
+    }
+
+    /// Its writing threads go on.
+    ///
+    /// # Panics
+    /// If they do not.
+    #[track_caller]
+    pub fn assert_works(&mut self) {
+        let before = self.ops();
+        let went_on = self.handle.wait_beat(STEP, |beat| beat.ops > before);
+        went_on.unwrap_or_else(|error| panic!("the workload stands still: {error:#}"));
+    }
+
+    /// Waits until its writing threads have done `more` operations.
+    ///
+    /// # Panics
+    /// If they do not.
+    #[track_caller]
+    pub fn wait_ops(&mut self, more: u64) {
+        let before = self.ops();
+        let went_on = self.handle.wait_beat(STEP, |beat| beat.ops > before + more);
+        went_on.unwrap_or_else(|error| panic!("the workload stands still: {error:#}"));
+    }
+
+    /// Ends it: the last check of everything finds nothing wrong.
+    ///
+    /// # Panics
+    /// Otherwise.
+    #[track_caller]
+    pub fn quit(mut self) {
+        let done = self.handle.quit(STEP).unwrap_or_else(|error| panic!("{error:#}"));
+        assert!(done.wrong == 0 && done.pages > 0, "{done:?}: {:#?}", self.wrong_lines());
+        self.assert_alone();
+    }
+
+    /// What it has found wrong so far: read from the file, whether it still runs or not.
+    #[must_use]
+    pub fn wrong_lines(&self) -> Vec<String> {
+        let text = fs::read_to_string(&self.status).unwrap_or_default();
+        text.lines().filter(|line| line.starts_with("WRONG")).map(str::to_owned).collect()
+    }
+
+    /// Two running copies would both write into its status file: the counters of one would be behind the other's.
+    ///
+    /// # Panics
+    /// If they are.
+    #[track_caller]
+    pub fn assert_alone(&self) {
+        let beats = self.handle.beats();
+        for id in beats.iter().map(|beat| beat.id).collect::<std::collections::BTreeSet<_>>() {
+            let ops: Vec<u64> = beats.iter().filter(|beat| beat.id == id).map(|beat| beat.ops).collect();
+            assert!(ops.is_sorted(), "process {id} ran twice: {ops:?}");
+        }
+    }
+
+    fn ops(&self) -> u64 {
+        self.handle.beats().iter().filter(|beat| beat.id == 0).map(|beat| beat.ops).max().unwrap_or(0)
+    }
+
+    /// The workload as its author gives it to tests.
+    pub const fn handle(&mut self) -> &mut Handle {
+        &mut self.handle
+    }
+}

@@ -1,0 +1,126 @@
+//! No page is wrong: a process that knows every page of its memory moves while it works, and checks itself before,
+//! during and after. Everything that must hold of each such move holds here as well: both sides agree, and nothing
+//! is left.
+
+use experiments::stamp::Options;
+use tests::accounts::Memory;
+use tests::moves::Plan;
+use tests::site::{Site, default_work_dirs};
+use tests::stamps::{self, Stamp};
+use tests::{long, programs};
+
+const MIB: usize = 512;
+const STORES: [&str; 2] = ["pipes", "frozen"];
+
+/// Moves in a row: one, or as many as the long variant makes.
+fn rounds() -> u32 {
+    if long() { 20 } else { 1 }
+}
+
+/// Moves a workload once and judges everything about it.
+fn move_once(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) {
+    let mut stamp = Stamp::start(options);
+    let ended = plan.run(site, stamp.pid());
+    ended.assert_released(memory);
+    let lazy = ended.destination.report().pages.lazy;
+    let arena = u64::try_from((options.mib << 8) * usize::from(options.tree)).unwrap();
+    assert!(lazy > arena / 10 * 9, "hardly any of {arena} pages was lazy: {:#?}", ended.destination);
+    assert_eq!(ended.destination.report().tasks.len(), usize::from(options.tree));
+    let pid = stamp.pid();
+    stamp.mark_moved();
+    let root = site.moved(pid).expect("the moved root");
+    stamp.assert_unharmed();
+    let tree: Vec<u32> = tests::processes::below(root).into_iter().map(|entry| entry.pid).collect();
+    let init = tests::processes::Entry::of(root).unwrap().parent;
+    site.assert_clean(&[&tree[..], &[root, init]].concat());
+    stamp.quit();
+    site.assert_clean(&[]);
+    println!("{}", ended.destination.report());
+}
+
+fn move_each(store: &str, options: impl Fn(&Site) -> Options, memory: Memory) {
+    for _ in 0..rounds() {
+        let Some(site) = Site::new() else { return };
+        move_once(&site, &Plan::new().source(["--store", store]), &options(&site), memory);
+    }
+}
+
+fn steady(site: &Site) -> Options {
+    Options { mib: MIB, ..stamps::options(site, "steady") }
+}
+
+fn changing(site: &Site) -> Options {
+    Options { mib: MIB, churn: true, fork: true, ..stamps::options(site, "changing") }
+}
+
+fn tree(site: &Site) -> Options {
+    Options { mib: MIB / 4, threads: 2, tree: 4, ..stamps::options(site, "tree") }
+}
+
+#[test]
+fn a_process_out_of_pipes() {
+    move_each(STORES[0], steady, Memory::Steady);
+}
+
+#[test]
+fn a_process_out_of_the_frozen_original() {
+    move_each(STORES[1], steady, Memory::Steady);
+}
+
+#[test]
+fn a_process_that_changes_its_mappings_and_forks_out_of_pipes() {
+    move_each(STORES[0], changing, Memory::Changing);
+}
+
+#[test]
+fn a_process_that_changes_its_mappings_and_forks_out_of_the_frozen_original() {
+    move_each(STORES[1], changing, Memory::Changing);
+}
+
+#[test]
+fn a_tree_with_shared_memory_out_of_pipes() {
+    move_each(STORES[0], tree, Memory::Steady);
+}
+
+#[test]
+fn a_tree_with_shared_memory_out_of_the_frozen_originals() {
+    move_each(STORES[1], tree, Memory::Steady);
+}
+
+#[test]
+fn a_tree_that_changes_its_mappings_and_forks() {
+    move_each(STORES[0], |site| Options { churn: true, fork: true, ..tree(site) }, Memory::Changing);
+}
+
+#[test]
+fn a_slow_push_leaves_the_faults_to_the_demand_lane() {
+    let Some(site) = Site::new() else { return };
+    let options = Options { mib: 128, threads: 2, rate_us: 50, churn: true, fork: true, ..changing(&site) };
+    move_once(&site, &Plan::new().source(["--push-rate", "16M"]), &options, Memory::Changing);
+}
+
+#[test]
+fn another_criu_with_wide_headers() {
+    let Some(criu) = programs::next_criu() else {
+        eprintln!("skipped: there is no second CRIU: scripts/setup --criu-next makes one");
+        return;
+    };
+    for store in STORES {
+        let Some(site) = Site::new() else { return };
+        let plan = Plan::new().source(["--store", store]).source(["--criu".as_ref(), criu.as_os_str()]);
+        let plan = plan.destination(["--criu".as_ref(), criu.as_os_str()]);
+        let options = Options { mib: 128, ..changing(&site) };
+        move_once(&site, &plan, &options, Memory::Changing);
+    }
+}
+
+#[test]
+fn nothing_stays_in_the_programs_own_work_directories() {
+    let Some(site) = Site::new() else { return };
+    let before = default_work_dirs();
+    let plan = Plan { default_work_dir: true, ..Plan::new() };
+    move_once(&site, &plan, &stamps::small(&site, 32), Memory::Steady);
+    tests::eventually("the end of what this move made", tests::STEP, || {
+        default_work_dirs().is_subset(&before).then_some(())
+    });
+}
