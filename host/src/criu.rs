@@ -186,10 +186,16 @@ pub fn printed(log: &Path) -> PathBuf {
 #[must_use]
 pub fn complaint(log: &Path) -> String {
     const MOST: usize = 5;
-    let texts = [log.to_owned(), printed(log)]
+    let texts = [printed(log), log.to_owned()]
         .map(|file| String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).into_owned());
     let lines = texts.iter().flat_map(|text| text.lines()).map(str::trim).filter(|line| !line.is_empty());
-    let errors: Vec<&str> = lines.clone().filter(|line| line.contains("Error")).collect();
+    // What getopt says about an option begins with the program's name.
+    let is_error = |line: &&str| {
+        // In every log of a process that may not raise its limits, and never the cause.
+        let harmless = line.contains("rlimit: Can't setup RLIMIT_NOFILE");
+        !harmless && (line.contains("Error") || line.starts_with("criu: "))
+    };
+    let errors: Vec<&str> = lines.clone().filter(is_error).collect();
     let lines = if errors.is_empty() { lines.collect() } else { errors };
     if lines.is_empty() {
         return "it gave no reason".to_owned();
@@ -234,8 +240,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("dump.log");
         assert!(complaint(&log).contains("no reason"));
-        std::fs::write(printed(&log), "unrecognized option\n").unwrap();
-        assert_eq!(complaint(&log), "unrecognized option");
+        std::fs::write(printed(&log), "criu: unrecognized option '--x'\n\nUsage:\n").unwrap();
+        assert_eq!(complaint(&log), "criu: unrecognized option '--x'");
         std::fs::write(&log, "(0.1) fine\n(0.2) Error (a.c:1): first\n(0.3) Error (b.c:2): last\n").unwrap();
         assert!(complaint(&log).ends_with("last"));
     }

@@ -46,14 +46,23 @@ pub fn available_memory() -> u64 {
 #[must_use]
 pub fn privileges() -> Option<Problem> {
     const NEEDED: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN")];
-    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let caps = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
     let lacking: Vec<&str> =
-        NEEDED.iter().filter(|(bit, _)| caps >> bit & 1 == 0).map(|(_, name)| *name).collect();
+        NEEDED.iter().filter(|(number, _)| !has_capability(*number)).map(|(_, name)| *name).collect();
     (!lacking.is_empty()).then(|| {
         problem(format!("no privileges ({})", lacking.join(", ")), "run as root, for example with sudo")
     })
+}
+
+/// The number of `CAP_SYS_RESOURCE`.
+pub const CAP_SYS_RESOURCE: u32 = 24;
+
+/// Whether this process has the capability of this number, effectively.
+#[must_use]
+pub fn has_capability(number: u32) -> bool {
+    let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let all = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    all >> number & 1 == 1
 }
 
 /// A numeric sysctl.

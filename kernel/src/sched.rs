@@ -20,7 +20,7 @@ const _: () = assert!(size_of::<SchedAttr>() == 56);
 
 const SCHED_OTHER: u32 = 0;
 
-/// Gives the calling thread a short time slice and the niceness `nice`, under the normal policy.
+/// Gives the calling thread a time slice and the niceness `nice`, under the normal policy.
 ///
 /// A thread that wakes with a shorter slice than the running one's takes the processor at once (kernels from
 /// 6.12 on); with equal slices the running thread finishes its own first, up to some milliseconds. Older
@@ -28,7 +28,7 @@ const SCHED_OTHER: u32 = 0;
 ///
 /// # Errors
 /// `EPERM` for a negative `nice` without `CAP_SYS_NICE`.
-pub fn wake_soon(slice_ns: u64, nice: i32) -> io::Result<()> {
+pub fn set_slice(slice_ns: u64, nice: i32) -> io::Result<()> {
     let attr = SchedAttr {
         size: 56,
         policy: SCHED_OTHER,
@@ -53,6 +53,6 @@ mod tests {
 
     #[test]
     fn a_thread_may_shorten_its_own_slice() {
-        std::thread::spawn(|| wake_soon(100_000, 0).unwrap()).join().unwrap();
+        std::thread::spawn(|| set_slice(100_000, 0).unwrap()).join().unwrap();
     }
 }

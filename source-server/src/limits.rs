@@ -35,8 +35,11 @@ pub const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(30);
 pub const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long to wait for the destination's reason once one of its lanes has ended.
 pub const REASON_PATIENCE: Duration = Duration::from_secs(3);
-/// Time slice of a thread on the fault path: shorter than anybody's, so that it takes the processor when it
-/// wakes; it never runs as long.
-pub const FAULT_SLICE_NS: u64 = 100_000;
-/// Its niceness.
+/// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
+/// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
+pub const SLICE_NS: u64 = 100_000;
+/// Niceness of the fault path.
 pub const FAULT_NICE: i32 = 0;
+/// Niceness of the push: a task that computes on every processor keeps nine tenths of them, and the push still
+/// makes progress.
+pub const PUSH_NICE: i32 = 10;

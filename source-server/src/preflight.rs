@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 
 use host::criu::Criu;
 use host::facts::{self, problem};
@@ -11,7 +12,7 @@ use protocol::criu::page_server::HeaderLayout;
 use protocol::wire::control::{Offer, Problem};
 
 use crate::limits;
-use crate::process::ProcessTree;
+use crate::process::{self, ProcessTree, Task};
 
 /// Options of a dump that the restore needs as well.
 const SHARED_OPTIONS: [&str; 7] =
@@ -21,6 +22,10 @@ const SHARED_OPTIONS: [&str; 7] =
 #[must_use]
 pub fn problems(tree: &ProcessTree) -> Vec<Problem> {
     let mut found = Vec::new();
+    if let Some(problem) = no_program(tree.root()) {
+        // Whatever else there is to say about it does not matter.
+        return vec![problem];
+    }
     found.extend(facts::privileges());
     found.extend(pipe_size());
     found.extend(descriptors(tree));
@@ -28,10 +33,26 @@ pub fn problems(tree: &ProcessTree) -> Vec<Problem> {
         found.extend(traced(task.pid));
     }
     found.extend(other_pid_namespace(tree));
+    if !facts::has_capability(facts::CAP_SYS_RESOURCE) {
+        found.extend(tree.tasks.iter().find_map(|task| other_user(task.pid)));
+    }
     if tree.tasks.iter().any(|task| task.pid == std::process::id()) {
         found.push(problem("the tree holds this program itself", "run it from outside the tree"));
     }
     found
+}
+
+/// A process that runs no program: one that has ended, or a part of the kernel.
+fn no_program(root: &Task) -> Option<Problem> {
+    let pid = root.pid;
+    let remedy = "give the pid of a running process";
+    if process::has_ended(pid) {
+        return Some(problem(format!("process {pid} has ended"), remedy));
+    }
+    let program = fs::read_link(format!("/proc/{pid}/exe"));
+    program
+        .is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        .then(|| problem(format!("process {pid} is a kernel thread"), remedy))
 }
 
 /// CRIU needs pipes of 4 MiB; without CAP_SYS_RESOURCE the system's limit must allow them.
@@ -67,6 +88,29 @@ fn traced(pid: u32) -> Option<Problem> {
     let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().to_owned();
     (tracer != "0")
         .then(|| problem(format!("task {pid} is traced by process {tracer}"), "detach the debugger first"))
+}
+
+/// CRIU reads every task's limits, which `prlimit(2)` allows with `CAP_SYS_RESOURCE` or for one's own user and group.
+fn other_user(pid: u32) -> Option<Problem> {
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).ok();
+    if namespace(&pid.to_string())? != namespace("self")? {
+        // There it may have the capability although it has not here.
+        return None;
+    }
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let [user, group] = [nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw()];
+    (!is_all(&status, "Uid:", user) || !is_all(&status, "Gid:", group)).then(|| {
+        problem(
+            format!("task {pid} belongs to another user, and without CAP_SYS_RESOURCE criu cannot read its limits"),
+            "give source-server CAP_SYS_RESOURCE (in a container: --cap-add), or run the service as this user",
+        )
+    })
+}
+
+/// Whether real, effective and saved id in a line of `/proc/PID/status` are all `id`.
+fn is_all(status: &str, key: &str, id: u32) -> bool {
+    let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default();
+    line.split_whitespace().take(3).filter(|found| found.parse() == Ok(id)).count() == 3
 }
 
 fn other_pid_namespace(tree: &ProcessTree) -> Option<Problem> {
@@ -175,6 +219,14 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(has_internet_socket(me));
         drop(listener);
+    }
+
+    #[test]
+    fn another_user_is_told_from_the_own_one() {
+        let status = "Name:\tx\nUid:\t0\t0\t0\t7\nGid:\t0\t7\t0\t0\n";
+        assert!(is_all(status, "Uid:", 0) && !is_all(status, "Uid:", 7));
+        assert!(!is_all(status, "Gid:", 0) && !is_all("", "Uid:", 0));
+        assert!(other_user(std::process::id()).is_none());
     }
 
     #[test]

@@ -21,6 +21,8 @@ const LAB_PORT: u16 = 7300;
 pub struct Plan<'a> {
     /// The hosts, if they are network namespaces.
     pub lab: Option<&'a Lab>,
+    /// What the source is started by: a program that becomes it, and its arguments.
+    pub source_in: Vec<OsString>,
     /// Options of `source-server move`.
     pub source: Vec<OsString>,
     /// Options of `uffd-daemon serve`.
@@ -120,7 +122,15 @@ impl<'a> Plan<'a> {
     pub fn source_to(&self, site: &Site, pid: u32, address: &str) -> Source {
         let json = site.path("source.json");
         let _ = std::fs::remove_file(&json);
-        let mut command = self.command(Host::Source, &programs::program("source-server"));
+        let program = programs::program("source-server");
+        let mut command = match self.source_in.split_first() {
+            Some((by, arguments)) => {
+                let mut command = self.command(Host::Source, Path::new(by));
+                command.args(arguments).arg(program);
+                command
+            }
+            None => self.command(Host::Source, &program),
+        };
         command.args(["move", "--pid", &pid.to_string(), "--to", address, "--json"]).arg(&json);
         command.args(self.lab.map(|_| "--insecure"));
         self.finish(&mut command, site, &self.source, &self.dump);
@@ -295,10 +305,19 @@ impl Ended {
     /// # Panics
     /// Otherwise.
     #[track_caller]
-    pub fn assert_released(&self, memory: Memory) {
+    pub fn assert_arrived(&self, memory: Memory) {
         self.source.assert(0, "released", &[]);
         self.destination.assert(0, "released", &[]);
         accounts::check(self.source.report(), self.destination.report(), memory);
+    }
+
+    /// Everything arrived, and neither side had anything to complain about.
+    ///
+    /// # Panics
+    /// Otherwise.
+    #[track_caller]
+    pub fn assert_released(&self, memory: Memory) {
+        self.assert_arrived(memory);
         for side in [&self.source, &self.destination] {
             let trouble: Vec<_> =
                 side.lines.iter().filter(|l| l.contains("ERROR") || l.contains("WARN")).collect();

@@ -103,6 +103,14 @@ pub fn signal(pid: u32, signal: Signal) {
     sent.unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
 }
 
+/// Bytes of anonymous memory that a process has present.
+#[must_use]
+pub fn resident(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib << 10)
+}
+
 /// Number of pipe ends that a process has open.
 #[must_use]
 pub fn pipe_ends(pid: u32) -> usize {

@@ -114,23 +114,27 @@ impl Line {
                 Err(_) => return,
             };
             let mut left = &buffer[..got];
+            let mut last = false;
             if limited {
                 let may_pass = self.control.load(SeqCst);
                 left = &left[..got.min(usize::try_from(may_pass).unwrap_or(got))];
+                let rest = may_pass - left.len() as u64;
+                last = rest == 0;
+                if may_pass != u64::MAX {
+                    self.control.store(rest, SeqCst);
+                }
             }
-            let passed = left.len() as u64;
+            if last {
+                // First of all nothing may come back. What is written below arrives before the reset.
+                self.cut.store(true, SeqCst);
+            } else if self.cut.load(SeqCst) {
+                return;
+            }
             while !left.is_empty() {
                 match to.write(left) {
                     Ok(written) => left = &left[written..],
-                    Err(error) if is_look(&error) && !self.cut.load(SeqCst) => {}
+                    Err(error) if is_look(&error) && (last || !self.cut.load(SeqCst)) => {}
                     Err(_) => return,
-                }
-            }
-            if limited && self.control.load(SeqCst) != u64::MAX {
-                let may_pass = self.control.fetch_sub(passed, SeqCst) - passed;
-                if may_pass == 0 {
-                    // What was written is on the wire of this host; it arrives before the reset.
-                    self.cut.store(true, SeqCst);
                 }
             }
         }

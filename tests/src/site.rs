@@ -24,6 +24,8 @@ static TURN: Mutex<()> = Mutex::new(());
 pub struct Site {
     dir: TempDir,
     before: Traces,
+    /// What a test before this one could not end.
+    others: Vec<u32>,
     // One test at a time, whatever `--test-threads` says: they judge what is on the host.
     _turn: MutexGuard<'static, ()>,
 }
@@ -44,7 +46,8 @@ impl Site {
         let dir =
             tempfile::Builder::new().prefix("postcopy-test-").tempdir().expect("a directory for the test");
         fs::create_dir(dir.path().join("work")).expect("a work directory");
-        Some(Self { dir, before: Traces::now(), _turn: turn })
+        let others = processes::below(std::process::id()).into_iter().map(|entry| entry.pid).collect();
+        Some(Self { dir, before: Traces::now(), others, _turn: turn })
     }
 
     /// A path in the test's directory.
@@ -62,7 +65,9 @@ impl Site {
     /// Every process that was started from here and has not ended.
     #[must_use]
     pub fn processes(&self) -> Vec<Entry> {
-        processes::below(std::process::id())
+        let mut processes = processes::below(std::process::id());
+        processes.retain(|entry| !self.others.contains(&entry.pid));
+        processes
     }
 
     /// The process that has `pid` in a PID namespace of its own: a task that was moved.

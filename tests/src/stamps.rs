@@ -8,7 +8,7 @@ use experiments::stamp::{Handle, Options};
 use experiments::workload::Files;
 
 use crate::site::Site;
-use crate::{STEP, programs};
+use crate::{STEP, processes, programs};
 
 /// A running stamping workload and its files.
 #[derive(Debug)]
@@ -27,6 +27,15 @@ pub fn small(site: &Site, mib: usize) -> Options {
 #[must_use]
 pub fn options(site: &Site, name: &str) -> Options {
     Options::new(Files::in_dir(&site.path(""), name))
+}
+
+impl Drop for Stamp {
+    fn drop(&mut self) {
+        // A CRIU that still holds it would keep it from ending, and the handle waits for its end.
+        if std::thread::panicking() {
+            processes::kill_below(std::process::id());
+        }
+    }
 }
 
 impl Stamp {

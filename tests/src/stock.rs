@@ -12,6 +12,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use host::criu::Criu;
 use kernel::spawn::CommandSetup;
@@ -24,6 +25,22 @@ use crate::{STEP, programs};
 
 /// Starts what its arguments say and goes on as the init of its PID namespace.
 const INIT: &str = "\"$@\"; echo \"restore ended with $?\"; exec sleep infinity";
+
+static JOBS_MADE: AtomicU32 = AtomicU32::new(0);
+
+/// How often a test begins anew to get a checkpoint whose memory is lazy. It is, but for one in fifty or so.
+const TRIES: usize = 10;
+
+/// What `begin` begins, as soon as most of its memory is left to a daemon.
+///
+/// # Panics
+/// If that does not happen.
+#[track_caller]
+pub fn until_lazy<T>(mib: usize, begin: impl Fn() -> (Job, T)) -> (Job, T) {
+    let mut tries = std::iter::repeat_with(begin).take(TRIES);
+    let lazy = tries.find(|(job, _)| job.is_mostly_lazy(mib));
+    lazy.unwrap_or_else(|| panic!("hardly any page was lazy, {TRIES} times in a row"))
+}
 
 /// Every CRIU that the project knows of here: the usual one, and the one with the other header layout if it is there.
 ///
@@ -57,7 +74,8 @@ impl Job {
     /// If there is no room for it.
     #[must_use]
     pub fn new(site: &Site, criu: &Criu) -> Self {
-        let dir = site.path(&format!("job-{}", criu.version));
+        let number = JOBS_MADE.fetch_add(1, Relaxed);
+        let dir = site.path(&format!("job-{}-{number}", criu.version));
         let job = Self { criu: criu.clone(), images: dir.join("images"), work: dir.join("work") };
         for dir in [&job.images, &job.work] {
             fs::create_dir_all(dir).expect("a directory");
@@ -118,8 +136,9 @@ impl Job {
     /// If it does not.
     #[track_caller]
     #[must_use]
-    pub fn start_ready(&self, verb: &str, command: Command) -> Tool {
-        start_ready(verb, command, &self.work.join(format!("{verb}.log")))
+    pub fn start_ready(&self, verb: &str, mut command: Command) -> Tool {
+        let status = Status::add_to(&mut command);
+        status.start(verb, command, &self.work.join(format!("{verb}.log")))
     }
 
     /// Restores into a PID namespace of its own; an `Err` is CRIU's exit status. What was restored ends with it.
@@ -144,14 +163,16 @@ impl Job {
         }
     }
 
-    /// How many pages the images leave to a daemon.
+    /// Whether most of a workload of `mib` is left to a daemon. CRIU leaves nothing of a process where the stack
+    /// pointer of any thread happens to be at the start of a page; what a test sees then is the work of `criu restore`.
     ///
     /// # Panics
-    /// If they cannot be read.
+    /// If the images cannot be read.
     #[track_caller]
     #[must_use]
-    pub fn lazy_pages(&self) -> u64 {
-        Checkpoint::open(&self.images).expect("images").lazy_pages()
+    pub fn is_mostly_lazy(&self, mib: usize) -> bool {
+        let lazy = Checkpoint::open(&self.images).expect("images").lazy_pages();
+        lazy > u64::try_from(mib << 8).expect("a size") / 10 * 9
     }
 
     /// The last lines of a log.
@@ -161,22 +182,37 @@ impl Job {
     }
 }
 
-/// Starts a program with `--status-fd` and waits until it says on it that it is ready.
-///
-/// # Panics
-/// If it does not; shows `log` then.
-#[track_caller]
-#[must_use]
-pub fn start_ready(name: &str, mut command: Command, log: &Path) -> Tool {
-    let (status, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC).expect("a pipe");
-    command.args(["--status-fd", &theirs.as_raw_fd().to_string()]).inherit(theirs);
-    // Starting it drops the command, and with it our end for writing: the pipe ends if the program does.
-    let tool = Tool::start(name, command);
-    let told = host::waiting::readable_within(status.as_fd(), STEP).expect("poll");
-    let mut byte = [0xff; 2];
-    let got = if told { File::from(status).read(&mut byte).expect("a pipe") } else { 0 };
-    assert_eq!(byte[..got], [0], "not ready: {}\n{}", tool.last_lines(), last_lines(log));
-    tool
+/// A `--status-fd`: where a program says that it is ready.
+#[derive(Debug)]
+pub struct Status(File);
+
+impl Status {
+    /// Gives it to a command, as its next option.
+    ///
+    /// # Panics
+    /// If there is no descriptor for it.
+    #[must_use]
+    pub fn add_to(command: &mut Command) -> Self {
+        let (status, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC).expect("a pipe");
+        command.args(["--status-fd", &theirs.as_raw_fd().to_string()]).inherit(theirs);
+        Self(status.into())
+    }
+
+    /// Starts the command and waits until it is ready.
+    ///
+    /// # Panics
+    /// If it does not get there; shows `log` then.
+    #[track_caller]
+    #[must_use]
+    pub fn start(mut self, name: &str, command: Command, log: &Path) -> Tool {
+        // Starting it drops the command, and with it our end for writing: the pipe ends if the program does.
+        let tool = Tool::start(name, command);
+        let told = host::waiting::readable_within(self.0.as_fd(), STEP).expect("poll");
+        let mut byte = [0xff; 2];
+        let got = if told { self.0.read(&mut byte).expect("a pipe") } else { 0 };
+        assert_eq!(byte[..got], [0], "not ready: {}\n{}", tool.last_lines(), last_lines(log));
+        tool
+    }
 }
 
 /// The last lines of a file.

@@ -100,6 +100,22 @@ impl Tool {
         found.unwrap_or_else(|| panic!("no such line within {limit:?} from {}", self.last_lines()))
     }
 
+    /// Waits until `count` lines have `words` in them; returns the last.
+    ///
+    /// # Panics
+    /// If there are not as many within `limit`.
+    #[track_caller]
+    pub fn wait_lines(&self, words: &str, count: usize, limit: Duration) -> String {
+        let search = |lines: &[String], closed: Closed| {
+            let found = lines.iter().filter(|line| line.contains(words)).nth(count.saturating_sub(1));
+            (found.is_some() || closed == 2).then(|| found.cloned())
+        };
+        let found = self.output.wait(limit, search).flatten();
+        found.unwrap_or_else(|| {
+            panic!("no {count} lines of {words:?} within {limit:?} from {}", self.last_lines())
+        })
+    }
+
     /// Waits for a line with `words` in it.
     ///
     /// # Panics

@@ -1,5 +1,6 @@
 //! Before the switchover everything can be undone: whatever fails on either side, the source runs on unharmed, the
 //! destination is clean, and the same process can be moved afterwards.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use nix::sys::signal::Signal;
 use tests::accounts::Memory;
@@ -205,7 +206,7 @@ fn the_source_is_interrupted_at_any_moment_of_the_dump() {
         let ended = under_way.wait();
         if ended.source.status == 0 {
             // It was faster: later moments are behind the switchover as well.
-            ended.assert_released(Memory::Steady);
+            ended.assert_arrived(Memory::Steady);
             trial.stamp.mark_moved();
             trial.stamp.assert_unharmed();
             trial.stamp.quit();

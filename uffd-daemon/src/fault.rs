@@ -137,7 +137,7 @@ impl<U: Upstream> FaultLoop<U> {
 
     /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
     pub fn run(mut self) -> Option<U> {
-        if let Err(error) = kernel::sched::wake_soon(limits::FAULT_SLICE_NS, limits::FAULT_NICE) {
+        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS, limits::FAULT_NICE) {
             tracing::debug!("no short time slice for the fault loop: {error}");
         }
         loop {
@@ -201,7 +201,8 @@ impl<U: Upstream> FaultLoop<U> {
     /// once.
     fn has_work(&self) -> bool {
         let at_once = self.upstream.as_ref().is_some_and(|u| u.fd().is_none() && u.background().is_some());
-        at_once && self.running && !self.told_settled
+        let more = self.background_pages > 0 || self.cursor.0 < self.tree.len();
+        at_once && self.running && more
     }
 
     /// Obeys commands; true for the last.
@@ -213,7 +214,7 @@ impl<U: Upstream> FaultLoop<U> {
                     let space = self.tree.lock(family).restored(uffd.clone());
                     self.served.push(Served { family, space, uffd });
                 }
-                Command::Running => self.running = true,
+                Command::Running => (self.running, self.maybe_settled) = (true, true),
                 Command::Stop => return true,
             }
         }
@@ -427,6 +428,7 @@ impl<U: Upstream> FaultLoop<U> {
             return Err(UpstreamError::Protocol(what));
         }
         drop(family);
+        self.maybe_settled = true;
         self.wake_waiter(asked.family, waiter);
         Ok(())
     }

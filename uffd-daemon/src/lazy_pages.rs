@@ -31,7 +31,7 @@ use protocol::lazy_map::LazyMap;
 use protocol::units::TaskId;
 
 use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
-use crate::handover::HandoverSocket;
+use crate::handover::{HandoverSocket, ReceiveError};
 use crate::keeper::KeeperHandle;
 use crate::latency;
 use crate::tree::Tree;
@@ -119,8 +119,10 @@ enum LazyPagesError {
     Io { doing: String, source: io::Error },
     #[error("{0}")]
     Images(String),
-    #[error("restore failed: {0}; its log says why")]
-    Restore(String),
+    #[error("restore failed: {0}")]
+    Restore(ReceiveError),
+    #[error("interrupted before the restore was finished")]
+    CalledOff,
     #[error(
         "the page source is lost ({reason}) with {missing} pages missing. The tasks wait where they touch one; \
          process {keeper} keeps them from reading zeros. Killing the tasks ends it"
@@ -345,7 +347,8 @@ impl Daemon {
         });
         let result = match (received, failed) {
             (_, Some(error)) => Err(error),
-            (Err(error), None) => Err(LazyPagesError::Restore(error.to_string())),
+            (Err(ReceiveError::Cancelled), None) => Err(LazyPagesError::CalledOff),
+            (Err(error), None) => Err(LazyPagesError::Restore(error)),
             (Ok(restore), None) => match &running {
                 Some(running) => {
                     running.commands.send(Command::Running);

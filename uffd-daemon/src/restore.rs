@@ -100,6 +100,12 @@ impl Restore {
         }
     }
 
+    /// Whether [`Restore::end`] was called.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
     /// What the readable `reports_fd` says.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, decode_ack
 
 use super::{LaneError, Lanes};
 use crate::ledger::index_of;
-use crate::limits::PUSH_FRAME_PAGES;
+use crate::limits::{self, PUSH_FRAME_PAGES};
 use crate::store::Scratch;
 
 /// How fast the push may be; a demand is never held back by it.
@@ -56,6 +56,9 @@ impl FromStr for Pace {
 pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     if pace == Pace::Off {
         return Ok(());
+    }
+    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS, limits::PUSH_NICE) {
+        tracing::debug!("the push keeps its priority: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
     let chunks = lanes.ledger().chunks();

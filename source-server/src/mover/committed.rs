@@ -160,11 +160,12 @@ impl<'a> Committed<'a> {
 
     /// The move broke behind the switchover: nothing is resumed and nothing is freed. The tasks that still
     /// stand here stay stopped; pages that are only in pipes are kept by a holder process.
-    pub(super) fn hold(frozen: Frozen<'_>, session: &Session, reason: &str) -> MoveError {
+    pub(super) fn hold(mut frozen: Frozen<'_>, session: &Session, reason: &str) -> MoveError {
         // The holder inherits the connections: the destination must see them end all the same.
         session.control.shutdown();
         session.fault.shutdown();
         session.push.shutdown();
+        frozen.end_dump();
         let mut text =
             format!("{reason}\nThe switchover was passed: the process belongs to the destination now.");
         let stopped: Vec<String> = frozen

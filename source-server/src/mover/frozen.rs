@@ -258,7 +258,8 @@ impl<'a> Frozen<'a> {
 
     fn wait_running(&self, mover: &Mover, session: &Session, running: &mut Running) -> Result<(), Why> {
         let committed = |reason: String| Why { reason, committed: true };
-        let deadline = Instant::now() + limits::RUNNING_TIMEOUT;
+        let mut deadline = Instant::now() + limits::RUNNING_TIMEOUT;
+        let mut lane_ended = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let next = session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left);
@@ -267,6 +268,10 @@ impl<'a> Frozen<'a> {
                     running.at = Instant::now();
                     return Ok(());
                 }
+                // It had given up before it heard of the commit.
+                Next::Message(Control::Abort(reason)) if session.is_rolled_back() => {
+                    return Err(format!("destination: {reason}").into());
+                }
                 Next::Message(Control::Abort(reason)) => {
                     return Err(committed(format!("the destination failed after the switchover: {reason}")));
                 }
@@ -274,7 +279,11 @@ impl<'a> Frozen<'a> {
                     return Err(committed(other.out_of_order("running").to_string()));
                 }
                 Next::Other(0) => {
-                    self.take_notices(running).map_err(|why| committed(why.reason))?;
+                    if let Err(why) = self.take_notices(running) {
+                        // Its reason is on the way, and whether it has rolled back.
+                        lane_ended = Some(committed(why.reason));
+                        deadline = deadline.min(Instant::now() + limits::ROLLED_BACK_TIMEOUT);
+                    }
                 }
                 Next::Other(_) => {
                     if mover.interrupt.take() {
@@ -282,6 +291,9 @@ impl<'a> Frozen<'a> {
                     }
                 }
                 Next::TimedOut => {
+                    if let Some(why) = lane_ended {
+                        return Err(why);
+                    }
                     let limit = limits::RUNNING_TIMEOUT;
                     return Err(committed(format!("the destination did not run within {limit:?}")));
                 }
@@ -292,6 +304,12 @@ impl<'a> Frozen<'a> {
     /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
     /// unlocked, the fence comes down.
     pub(super) fn roll_back(mut self) -> Result<(), String> {
+        self.end_dump();
+        let_run(&self.tree, self.network, Some(self.fence))
+    }
+
+    /// Ends lanes, drain and CRIU, which holds the tasks by ptrace; they stay stopped.
+    pub(super) fn end_dump(&mut self) {
         self.lanes.stop.store(true, Ordering::Relaxed);
         if let Some(pipes) = &self.pipes {
             pipes.give_up();
@@ -300,7 +318,6 @@ impl<'a> Frozen<'a> {
             let _ = drain.join();
         }
         close(&mut self.dump);
-        let_run(&self.tree, self.network, Some(self.fence))
     }
 }
 

@@ -195,8 +195,13 @@ impl Mover {
             MoveError::problem(format!("no process {pid} ({error})"), remedy)
         };
         let tree = ProcessTree::of(pid).map_err(unknown)?;
-        let network = crate::netlock::NetworkLock::of(&tree).map_err(unknown)?;
         let mut problems = preflight::problems(&tree);
+        let network = match crate::netlock::NetworkLock::of(&tree) {
+            Ok(network) => network,
+            // What keeps it from being looked at is among the problems.
+            Err(_) if !problems.is_empty() => return Err(MoveError::Preflight(problems)),
+            Err(error) => return Err(unknown(error)),
+        };
         let criu = Criu::find(self.config.criu.as_deref());
         if let Err(error) = &criu {
             problems.push(host::facts::problem("no usable criu", error.to_string()));

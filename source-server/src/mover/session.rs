@@ -1,5 +1,6 @@
 //! The connections of a move, all dialled before anything is frozen.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,6 +24,8 @@ pub(super) struct Session {
     pub(super) control: ControlChannel,
     pub(super) fault: Stream,
     pub(super) push: Stream,
+    /// The destination has said that it is clean.
+    rolled_back: Cell<bool>,
 }
 
 impl Session {
@@ -61,7 +64,7 @@ impl Session {
             other => return Err(broken(other.out_of_order("a verdict"))),
         }
         let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
-        Ok(Self { control, fault, push })
+        Ok(Self { control, fault, push, rolled_back: Cell::new(false) })
     }
 
     /// Sends every image file; returns their number and the bytes sent.
@@ -101,8 +104,21 @@ impl Session {
         format!("lost the destination: {error}")
     }
 
+    /// Whether a destination that gave up says that it is clean. It says so only of a tree that never ran, so
+    /// the source may run again even if the commit was on its way.
+    pub(super) fn is_rolled_back(&self) -> bool {
+        let answered = || waiting::readable_within(self.control.as_fd(), limits::REASON_PATIENCE);
+        if !self.rolled_back.get() && matches!(answered(), Ok(true)) {
+            self.rolled_back.set(matches!(self.control.receive(), Ok(Control::RolledBack)));
+        }
+        self.rolled_back.get()
+    }
+
     /// Calls the move off and waits until the destination is clean. Returns what is left to say.
     pub(super) fn abort(&self, reason: &str) -> Option<String> {
+        if self.rolled_back.get() {
+            return None;
+        }
         let unsure = |why: &str| {
             Some(format!("; the destination did not confirm that it is clean ({why}): look at it"))
         };

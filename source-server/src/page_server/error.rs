@@ -64,10 +64,15 @@ pub enum PageServerError {
     },
     /// A task did not stay still while its pages were served.
     #[error(
-        "process {0} was resumed or has ended while its pages were served; what its clients have is not one state \
-         of its memory: discard what they restored"
+        "process {0} was resumed while its pages were served; what its clients have is not one state of its \
+         memory: discard what they restored"
     )]
     NotStill(u32),
+    /// A task ended while its pages were served.
+    #[error(
+        "process {0} has ended and its pages are gone; clients who did not have all of them cannot go on"
+    )]
+    Ended(u32),
     /// A signal came while clients were connected.
     #[error("interrupted with {0} clients connected, who have not closed their sessions")]
     Interrupted(usize),
@@ -85,7 +90,7 @@ impl PageServerError {
             | Self::Process { .. }
             | Self::Running(_)
             | Self::Listen(_) => 2,
-            Self::Io { .. } | Self::NotStill(_) | Self::Interrupted(_) => 1,
+            Self::Io { .. } | Self::NotStill(_) | Self::Ended(_) | Self::Interrupted(_) => 1,
         }
     }
 

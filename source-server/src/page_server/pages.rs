@@ -90,22 +90,24 @@ impl Pages {
     /// Whether every task still stands still.
     ///
     /// # Errors
-    /// [`PageServerError::NotStill`].
+    /// [`PageServerError::NotStill`] or [`PageServerError::Ended`].
     pub(super) fn check_still(&self) -> Result<(), PageServerError> {
         let Source::Process { tree, memory } = &self.0 else { return Ok(()) };
-        let moving = || {
-            tree.tasks.iter().filter(|task| memory.has(task.id)).find(|task| {
-                // One that has ended cannot be read any more.
-                process::has_ended(task.pid) || !matches!(running_thread(task.pid), Ok(None))
-            })
-        };
-        if moving().is_some() {
-            thread::sleep(limits::STILL_SECOND_LOOK);
-            if let Some(task) = moving() {
-                return Err(PageServerError::NotStill(task.pid));
+        let check = || {
+            for task in tree.tasks.iter().filter(|task| memory.has(task.id)) {
+                if process::has_ended(task.pid) {
+                    return Err(PageServerError::Ended(task.pid));
+                }
+                if !matches!(running_thread(task.pid), Ok(None)) {
+                    return Err(PageServerError::NotStill(task.pid));
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        check().or_else(|_| {
+            thread::sleep(limits::STILL_SECOND_LOOK);
+            check()
+        })
     }
 }
 
@@ -269,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_stopped_process_is_served_until_it_goes_on() {
-        let sleeper = Sleeper::start();
+        let mut sleeper = Sleeper::start();
         sleeper.signal(nix::libc::SIGSTOP, 'T');
         let pages = Pages::of_process(sleeper.0.id()).unwrap();
         assert!(pages.may_change());
@@ -291,5 +293,10 @@ mod tests {
         let error = pages.check_still().unwrap_err();
         assert!(matches!(error, PageServerError::NotStill(pid) if pid == sleeper.0.id()), "{error}");
         assert_eq!(error.exit_status(), 1);
+
+        sleeper.0.kill().unwrap();
+        sleeper.0.wait().unwrap();
+        let error = pages.check_still().unwrap_err();
+        assert!(matches!(error, PageServerError::Ended(pid) if pid == sleeper.0.id()), "{error}");
     }
 }

@@ -294,6 +294,11 @@ impl BroughtUp {
             std::thread::Builder::new().name("push".into()).spawn(move || post.send(lane.run())).ok();
     }
 
+    /// Has the fault loop look whether everything is settled and every question answered, and say so.
+    pub(super) fn ask_whether_settled(&self) {
+        self.commands.send(Command::Running);
+    }
+
     /// Bytes received on the fault lane.
     pub(super) fn fault_bytes(&self) -> u64 {
         self.fault_bytes.load(Ordering::Relaxed)
@@ -326,7 +331,8 @@ impl BroughtUp {
         self.keeper.dismiss();
         if let Some(mut restore) = self.restore.take() {
             // With --restore-detached CRIU ends by itself right behind the resume.
-            if waiting::readable_within(restore.ended_fd(), Duration::from_secs(10)).unwrap_or(false) {
+            let ends = || waiting::readable_within(restore.ended_fd(), Duration::from_secs(10));
+            if !restore.has_ended() && ends().unwrap_or(false) {
                 restore.end();
             }
             restore.leave();

@@ -284,25 +284,27 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until every page is settled and acknowledged: then the push lane's thread ends well.
+    /// Waits until every page is settled and acknowledged, when the push lane's thread ends well, and until no
+    /// answer is on its way that the source has counted.
     fn wait_settled(&mut self, brought_up: &BroughtUp) -> Result<(), Failure> {
         use std::os::fd::AsFd;
-        loop {
+        let (mut settled, mut acknowledged) = (false, false);
+        while !(settled && acknowledged) {
             let fds = [brought_up.notices.as_fd(), brought_up.pushed.as_fd(), self.control.as_fd()];
             let deadline = Some(Instant::now() + self.progress.interval());
             let [notice, pushed, control] = waiting::readable(fds, deadline).map_err(Failure::io)?;
             if pushed {
-                let results = brought_up.pushed.empty();
-                return results
-                    .into_iter()
-                    .collect::<Result<(), _>>()
-                    .map_err(|error| Failure { reason: error.to_string() });
+                for result in brought_up.pushed.empty() {
+                    result.map_err(|error| Failure { reason: error.to_string() })?;
+                    acknowledged = true;
+                    brought_up.ask_whether_settled();
+                }
             }
             if notice {
                 for notice in brought_up.notices.empty() {
                     match notice {
-                        Notice::Settled => {}
-                        Notice::UpstreamLost(_) if brought_up.tree.check_settled() => {}
+                        Notice::Settled => settled = true,
+                        Notice::UpstreamLost(_) if brought_up.tree.check_settled() => settled = true,
                         Notice::UpstreamLost(reason) | Notice::Broken(reason) => {
                             return Err(Failure { reason });
                         }
@@ -329,6 +331,7 @@ impl Session {
                 )
             });
         }
+        Ok(())
     }
 
     fn summary(&self, brought_up: &BroughtUp, running_at: Instant) -> Summary {
