@@ -23,7 +23,10 @@ impl WorkDir {
             }
             None => in_memory(),
         };
-        let dir = tempfile::Builder::new().prefix(&format!("{prefix}-")).tempdir_in(place)?;
+        // Images hold registers and memory: nobody else's business.
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        let prefix = format!("{prefix}-");
+        let dir = tempfile::Builder::new().prefix(&prefix).permissions(private).tempdir_in(place)?;
         Ok(Self(dir))
     }
 

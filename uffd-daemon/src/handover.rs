@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -53,7 +54,8 @@ impl HandoverSocket {
     }
 
     /// Receives one hand-over: every live task's userfaultfd goes to `each`, before the tasks run; returns
-    /// at the finish word, with the connection. Ends early when `cancel` becomes readable.
+    /// at the finish word, with the connection. Ends early when `cancel` becomes readable or `each` breaks off:
+    /// the restore fails then.
     ///
     /// # Errors
     /// [`ReceiveError`].
@@ -61,7 +63,7 @@ impl HandoverSocket {
         self,
         tasks: impl IntoIterator<Item = TaskId>,
         cancel: BorrowedFd<'_>,
-        mut each: impl FnMut(TaskId, OwnedFd),
+        mut each: impl FnMut(TaskId, OwnedFd) -> ControlFlow<()>,
     ) -> Result<UnixStream, ReceiveError> {
         let mut handover = Handover::new(tasks)?;
         wait(self.listener.as_fd(), cancel)?;
@@ -79,7 +81,13 @@ impl HandoverSocket {
             }
             let count = fds.len();
             match handover.feed(&buffer[..got], count)? {
-                Some(Event::Task { id }) => fds.into_iter().for_each(|uffd| each(id, uffd)),
+                Some(Event::Task { id }) => {
+                    for uffd in fds {
+                        if each(id, uffd).is_break() {
+                            return Err(ReceiveError::Cancelled);
+                        }
+                    }
+                }
                 Some(Event::Finished) => return Ok(socket),
                 Some(Event::Zombie { .. }) | None => {}
             }
@@ -122,7 +130,12 @@ mod tests {
             socket.write_all(&send::finish()).unwrap();
         });
         let mut seen = Vec::new();
-        socket.receive([TaskId(7), TaskId(8)], cancel.as_fd(), |id, _| seen.push(id)).unwrap();
+        socket
+            .receive([TaskId(7), TaskId(8)], cancel.as_fd(), |id, _| {
+                seen.push(id);
+                ControlFlow::Continue(())
+            })
+            .unwrap();
         peer.join().unwrap();
         assert_eq!(seen, [TaskId(7)]);
         assert!(!dir.path().join(SOCKET_NAME).exists());
@@ -134,7 +147,7 @@ mod tests {
         let socket = HandoverSocket::bind(dir.path()).unwrap();
         let (_keep, cancel) = UnixStream::pair().unwrap();
         let peer = restore(dir.path(), |mut socket| socket.write_all(&[1, 2]).unwrap());
-        let result = socket.receive([TaskId(7)], cancel.as_fd(), |_, _| ());
+        let result = socket.receive([TaskId(7)], cancel.as_fd(), |_, _| ControlFlow::Continue(()));
         peer.join().unwrap();
         assert!(matches!(result, Err(ReceiveError::Handover(_))), "{result:?}");
     }
@@ -146,7 +159,10 @@ mod tests {
         let socket = HandoverSocket::bind(dir.path()).unwrap();
         let (keep, cancel) = UnixStream::pair().unwrap();
         drop(keep);
-        assert!(matches!(socket.receive([], cancel.as_fd(), |_, _| ()), Err(ReceiveError::Cancelled)));
+        assert!(matches!(
+            socket.receive([], cancel.as_fd(), |_, _| ControlFlow::Continue(())),
+            Err(ReceiveError::Cancelled)
+        ));
     }
 
     #[test]

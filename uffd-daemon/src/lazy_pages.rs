@@ -13,6 +13,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -334,16 +335,21 @@ impl Daemon {
         let mut running: Option<Loop<U>> = None;
         let mut failed = None;
         let received = socket.receive(self.tasks.iter().copied(), self.interrupt.as_fd(), |task, uffd| {
-            if running.is_none() && failed.is_none() {
+            if running.is_none() {
                 match source().and_then(|source| self.start(source)) {
                     Ok(started) => running = Some(started),
-                    Err(error) => failed = Some(error),
+                    // Without a page source nothing may run: the restore fails with the broken hand-over.
+                    Err(error) => {
+                        failed = Some(error);
+                        return ControlFlow::Break(());
+                    }
                 }
             }
             self.keeper.hold(uffd.as_fd());
             if let (Some(running), Some(family)) = (&running, self.tree.position(task)) {
                 running.commands.send(Command::Serve { family, uffd });
             }
+            ControlFlow::Continue(())
         });
         let result = match (received, failed) {
             (_, Some(error)) => Err(error),

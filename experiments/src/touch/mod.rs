@@ -159,7 +159,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     }
     let now = monotonic_ns();
     shared.started_ns.store(now, SeqCst);
-    shared.recorder.start(now);
+    shared.recorder.start(wall_ns());
     shared.start.wait();
     let asked = asked.unwrap_or_else(|| wait_end(&shared, options, &mut control));
     shared.stop.store(true, SeqCst);
@@ -167,7 +167,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         let _ = thread.join(); // a panic has ended the process already
     }
     let _ = sampler.join();
-    shared.recorder.end(monotonic_ns());
+    shared.recorder.end(wall_ns());
     let (read, wrong, gap_us) =
         (shared.recorder.taken(), shared.recorder.wrong(), shared.recorder.gap_ns() / 1000);
     log.line(&format!("DONE {asked} pages={read} wrong={wrong} gap_us={gap_us}"));

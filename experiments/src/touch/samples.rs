@@ -10,8 +10,8 @@
 //! page 1 ...              per sample: t_ns  latency_ns  page  wrong
 //! ```
 //!
-//! `t_ns` counts from `started_ns`; these and the latencies are `CLOCK_MONOTONIC`, while the gap, which spans the
-//! move, is `CLOCK_REALTIME`. `count` is what was handed out
+//! `t_ns` counts from the start; it and the latencies are `CLOCK_MONOTONIC`. The other times, which are compared with
+//! what happens outside, are `CLOCK_REALTIME`: a move changes the other clock. `count` is what was handed out
 //! to the reading threads; after state `DONE` all of it is filled in.
 
 use std::fs::{File, OpenOptions};

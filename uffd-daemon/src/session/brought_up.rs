@@ -1,6 +1,7 @@
 //! A tree that is being restored, and the threads that feed it.
 
 use std::ffi::OsString;
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -124,6 +125,7 @@ impl BroughtUp {
                     if let Some(family) = tree.position(task) {
                         commands.send(Command::Serve { family, uffd });
                     }
+                    ControlFlow::Continue(())
                 });
                 handed.send(result.map(drop));
             })

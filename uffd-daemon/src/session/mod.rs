@@ -275,11 +275,16 @@ impl Session {
         let summary = self.summary(brought_up, running_at);
         self.recorder.settle(&summary);
         self.control.send(&Control::Complete(summary)).map_err(|error| Failure::lost(&error))?;
-        // Every page is here: a farewell that does not come changes nothing for the tasks.
-        match self.next_message(Some(LANE_PATIENCE)) {
-            Ok(Control::Released) => {}
-            Ok(other) => tracing::warn!("{}", other.out_of_order("released")),
-            Err(error) => tracing::warn!("no farewell from the source: {error}"),
+        // Every page is here: a farewell that does not come changes nothing for the tasks, and an interrupt does
+        // not either.
+        use std::os::fd::AsFd;
+        match waiting::readable_within(self.control.as_fd(), LANE_PATIENCE) {
+            Ok(true) => match self.control.receive() {
+                Ok(Control::Released) => {}
+                Ok(other) => tracing::warn!("{}", other.out_of_order("released")),
+                Err(error) => tracing::warn!("no farewell from the source: {error}"),
+            },
+            _ => tracing::warn!("no farewell from the source"),
         }
         Ok(())
     }
