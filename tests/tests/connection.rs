@@ -2,8 +2,6 @@
 //! and no rule of CRIU's network lock stays.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-use std::path::Path;
-
 use experiments::lab::{Host, Lab, SERVICE};
 use nix::sys::signal::Signal;
 use tests::accounts::Memory;
@@ -35,7 +33,7 @@ impl Trial {
             }
         };
         lab.add_address(Host::Source, SERVICE).unwrap();
-        let server = Server::start(&lab, Path::new(env!("CARGO_BIN_EXE_echo-server")), SERVICE);
+        let server = Server::start(&lab, &programs::program("echo-server"), SERVICE);
         let mut client = Client::connect(&lab, server.address());
         client.wait_answers(ANSWERS);
         let rules = [Host::Source, Host::Destination].map(|host| rules(&lab, host));

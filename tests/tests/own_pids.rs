@@ -169,5 +169,32 @@ fn a_lost_source_leaves_the_tree_waiting() {
     assert_eq!(trial.stamp.wrong_lines(), Vec::<String>::new());
     processes::signal(trial.inner, Signal::SIGKILL);
     let (_stamp, site) = trial.leave();
-    site.assert_clean(&[]);
+    // The directory of one that was killed stays; no process does.
+    site.assert_only(&[]);
+}
+
+#[test]
+fn a_tree_that_was_moved_moves_on() {
+    for store in ["pipes", "frozen"] {
+        let Some(site) = Site::new() else { return };
+        let mut stamp = Stamp::start(&stamps::small(&site, 64));
+        let pid = stamp.pid();
+        let plan = Plan::new().destination(["--pidns", "new"]).source(["--store", store]);
+        plan.run(&site, pid).assert_released(Memory::Steady);
+        stamp.mark_moved();
+        for _ in 0..2 {
+            let here = site.moved(pid).expect("the moved root");
+            // As preflight says: the source has to be where the tree has its pids.
+            let refused = Plan::new().source_to(&site, here, "127.0.0.1:1").wait(STEP);
+            refused.assert(2, "rolled_back", &["another PID namespace", "nsenter"]);
+            let inside =
+                ["nsenter", "--target", &here.to_string(), "--pid", "--mount"].map(Into::into).to_vec();
+            let plan = Plan { source_in: inside, ..plan.clone() }.source(["--push-rate", "64M"]);
+            plan.run(&site, pid).assert_released(Memory::Steady);
+            assert_ends(here, STEP);
+            stamp.assert_unharmed();
+        }
+        stamp.quit();
+        site.assert_clean(&[]);
+    }
 }

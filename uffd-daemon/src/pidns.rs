@@ -27,6 +27,9 @@ use crate::barrier;
 
 /// Name of the verb that unshares.
 pub const OUTER_VERB: &str = "pidns-outer";
+/// How often an init without a tree looks whether its visitors have left.
+const VISITORS_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// Name of the verb that is process 1.
 pub const INIT_VERB: &str = "pidns-init";
 
@@ -177,7 +180,11 @@ fn reap(child: Pid) -> io::Result<()> {
         let status = match waitpid(None::<Pid>, Some(WaitPidFlag::empty())) {
             Ok(status) => status,
             Err(nix::Error::EINTR) => continue,
-            Err(nix::Error::ECHILD) => return Ok(()),
+            Err(nix::Error::ECHILD) if !has_visitors() => return Ok(()),
+            Err(nix::Error::ECHILD) => {
+                std::thread::sleep(VISITORS_LOOK);
+                continue;
+            }
             Err(error) => return Err(error.into()),
         };
         if status.pid() != Some(child) {
@@ -192,6 +199,18 @@ fn reap(child: Pid) -> io::Result<()> {
         let _ = writeln!(io::stdout(), "exit {code}");
         detach()?;
     }
+}
+
+/// Whether somebody is here who was not started here: a source that moves the tree on still has its pages, and
+/// would be killed with the namespace.
+fn has_visitors() -> bool {
+    let lives = |pid: &str| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    };
+    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().into_string().ok());
+    pids.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())).any(|pid| pid != "1" && lives(&pid))
 }
 
 /// Lets go of whatever the daemon could wait for.
