@@ -162,6 +162,14 @@ impl Running {
         self.child.wait()
     }
 
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// `ESRCH` if it has ended and was waited for.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
+        self.pidfd.signal(signal)
+    }
+
     /// Kills it and waits.
     pub fn kill(&mut self) {
         // Both fail only if it has ended already.

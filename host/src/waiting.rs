@@ -4,29 +4,23 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 
 /// Waits until one of `fds` is readable (or broken) and says which are, in the same order; all false if
 /// `deadline` passed first.
 ///
 /// # Errors
-/// The errno of `poll(2)`.
+/// The errno of `ppoll(2)`.
 pub fn readable<const N: usize>(
     fds: [BorrowedFd<'_>; N],
     deadline: Option<Instant>,
 ) -> io::Result<[bool; N]> {
     loop {
-        let timeout = match deadline {
-            None => PollTimeout::NONE,
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                // Rounded up: a poll that returns just before the deadline would spin.
-                let ms = left.as_micros().div_ceil(1000).min(i32::MAX as u128);
-                PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
-            }
-        };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map(TimeSpec::from_duration);
         let mut polled = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        match poll(&mut polled, timeout) {
+        match ppoll(&mut polled, timeout, None) {
             Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
             Ok(0) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok([false; N]),
@@ -39,7 +33,7 @@ pub fn readable<const N: usize>(
 /// Whether `fd` becomes readable within `timeout`.
 ///
 /// # Errors
-/// The errno of `poll(2)`.
+/// The errno of `ppoll(2)`.
 pub fn readable_within(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
     Ok(readable([fd], Some(Instant::now() + timeout))?[0])
 }

@@ -9,6 +9,7 @@
 //! - [`fds`]: descriptors over a unix socket
 //! - [`sched`]: how soon a thread gets the processor
 //! - [`spawn`]: what a child needs between `fork` and `exec`
+//! - [`stack`]: a thread with its stack pointer where a test wants it
 //! - [`holder`]: a process that does nothing but keep descriptors open
 //! - [`tcp`]: socket options that the standard library lacks
 //! - [`arena`]: memory that a test workload maps, moves and drops
@@ -19,5 +20,6 @@ pub mod holder;
 pub mod pidfd;
 pub mod sched;
 pub mod spawn;
+pub mod stack;
 pub mod tcp;
 pub mod uffd;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 fn get(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;
@@ -56,4 +57,31 @@ pub fn end_repair(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// The errno of `setsockopt(2)`.
 pub fn set_notsent_lowat(socket: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
     set(socket, libc::TCP_NOTSENT_LOWAT, bytes)
+}
+
+/// How long the peer's kernel has acknowledged nothing although segments are on their way to it; `None` if none
+/// are, as when the peer's window is shut because its program does not read.
+///
+/// # Errors
+/// `EOPNOTSUPP` if it is no TCP socket.
+pub fn unheard_for(socket: BorrowedFd<'_>) -> io::Result<Option<Duration>> {
+    // SAFETY: tcp_info is a plain struct of integers, for which zeroes are a valid value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap_or(0);
+    // SAFETY: the descriptor is open; info and len are exclusively borrowed and len is info's size; a kernel with
+    // a longer struct writes no more than that.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &raw mut len,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let in_flight = info.tcpi_unacked > 0;
+    Ok(in_flight.then(|| Duration::from_millis(u64::from(info.tcpi_last_ack_recv))))
 }

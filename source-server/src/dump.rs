@@ -16,7 +16,8 @@ use kernel::spawn::CommandSetup;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::criu::page_server::{Command as PageCommand, Header, MAX_HEADER_LEN};
 
-use crate::{limits, process};
+use crate::limits;
+use crate::stacks::{StackWatch, Stacks};
 
 /// Socket buffers towards CRIU's page server: a whole answer of 4 MiB in flight.
 const SERVER_BUFFER: usize = 4 << 20;
@@ -45,6 +46,11 @@ pub enum DumpError {
     /// It takes too long.
     #[error("criu dump was not ready after {0:?}")]
     TimedOut(Duration),
+    /// CRIU would take all memory for stacks: nothing would be lazy. It was sent away, the tasks run on.
+    #[error(
+        "the stack pointer of thread {0} lies on the first byte of a page, where criu takes all memory for stacks"
+    )]
+    AlignedStack(u32),
     /// Called off, and it did not get ready soon enough to be sent away cleanly.
     #[error("interrupted")]
     Interrupted,
@@ -64,7 +70,10 @@ impl Dump {
 
     fn try_start(criu: &Criu, root: u32, dir: &Path, options: &[OsString]) -> io::Result<Self> {
         let images = dir.join("images");
-        fs::create_dir_all(&images)?;
+        match fs::remove_dir_all(&images) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => fs::create_dir_all(&images)?,
+        }
         let (server, theirs) = UnixStream::pair()?;
         for socket in [&server, &theirs] {
             // Beyond the system's limit where we may; a smaller buffer is only slower.
@@ -97,25 +106,40 @@ impl Dump {
     }
 
     /// Waits until CRIU's page server is ready, for less long once it was interrupted. Returns when the tasks
-    /// were seen frozen.
+    /// were seen frozen. On the last try a dump that takes all memory for stacks is better than none.
     ///
     /// # Errors
     /// [`DumpError`]; CRIU has ended and the tasks run.
     pub fn wait_ready(
         &mut self,
         root: u32,
+        last_try: bool,
         interrupt: BorrowedFd<'_>,
         mut limit: Duration,
     ) -> Result<Instant, DumpError> {
-        const LOOK: Duration = Duration::from_millis(1);
+        const LOOK: Duration = Duration::from_micros(200);
+        let mut stacks = Some(StackWatch::new(root));
         let begun = Instant::now();
         let mut frozen = None;
         let mut called_off = false;
         loop {
-            if frozen.is_none() && process::state(root).is_ok_and(|state| state == 't') {
-                frozen = Some(Instant::now());
+            if let Some(watch) = &mut stacks {
+                let found = watch.look();
+                if frozen.is_none() && (watch.has_begun() || found != Stacks::Running) {
+                    frozen = Some(Instant::now());
+                }
+                if let Stacks::Aligned(thread) = found {
+                    let error = DumpError::AlignedStack(thread);
+                    if !last_try && watch.send_away(&mut self.criu).map_err(DumpError::Start)? {
+                        return Err(error);
+                    }
+                    tracing::warn!("{error}: this move copies all memory before it resumes");
+                }
+                if found != Stacks::Running {
+                    stacks = None;
+                }
             }
-            let look = if frozen.is_none() { Instant::now() + LOOK } else { begun + limit };
+            let look = if stacks.is_some() { Instant::now() + LOOK } else { begun + limit };
             let interrupt = if called_off { self.criu.as_fd() } else { interrupt };
             let fds = [self.status.as_fd(), self.criu.as_fd(), interrupt];
             let [ready, ended, interrupted] = waiting::readable(fds, Some(look)).map_err(DumpError::Start)?;

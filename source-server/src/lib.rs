@@ -4,7 +4,7 @@
 //! - [`mover`]: one move, phase by phase
 //! - [`page_server`]: CRIU's page-server protocol, for stock `criu lazy-pages`
 //! - [`preflight`], [`process`]: what would move, and what stands against it
-//! - [`dump`], [`fence`], [`netlock`]: CRIU's dump, and what keeps the tasks still or lets them run again
+//! - [`dump`], [`stacks`], [`fence`], [`netlock`]: CRIU's dump, what keeps it lazy, and what keeps the tasks still or lets them run again
 //! - [`store`]: where pages wait
 //! - [`ledger`], [`lanes`]: what was sent and acknowledged, and the threads that do it
 #![forbid(unsafe_code)]
@@ -20,4 +20,5 @@ pub mod netlock;
 pub mod page_server;
 pub mod preflight;
 pub mod process;
+pub mod stacks;
 pub mod store;

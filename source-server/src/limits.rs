@@ -14,6 +14,9 @@ pub const PIPE_PAGES: [u64; 3] = [64, 256, 1024];
 pub const SPARE_DESCRIPTORS: u64 = 512;
 /// Pages in one pushed frame: a small one leaves room for a fault sooner, a large one costs fewer calls.
 pub const PUSH_FRAME_PAGES: u64 = 64;
+/// How often a tree is frozen at most until no stack pointer is page-aligned; each time it stands for some
+/// milliseconds. One thread in 256 is, so this many tries serve a hundred busy threads.
+pub const ALIGNED_STACK_TRIES: u32 = 8;
 /// How long a dump may take until its page server is ready.
 pub const DUMP_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long an interrupted dump may go on: killed in the middle, CRIU would leave a task with code of CRIU's
@@ -38,8 +41,5 @@ pub const REASON_PATIENCE: Duration = Duration::from_secs(3);
 /// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
 /// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
 pub const SLICE_NS: u64 = 100_000;
-/// Niceness of the fault path.
-pub const FAULT_NICE: i32 = 0;
-/// Niceness of the push: a task that computes on every processor keeps nine tenths of them, and the push still
-/// makes progress.
-pub const PUSH_NICE: i32 = 10;
+/// How often a push lane without acknowledgements is checked for a peer that is gone.
+pub const LANE_LOOK_INTERVAL: Duration = Duration::from_secs(2);

@@ -124,7 +124,11 @@ fn own_pid(status: &str) -> io::Result<u32> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{status} has no NSpid")))
 }
 
-fn children(pid: u32) -> io::Result<Vec<u32>> {
+/// The children of all threads of a process.
+///
+/// # Errors
+/// `NotFound` if it is gone.
+pub fn children(pid: u32) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
         let path = entry?.path().join("children");
@@ -140,7 +144,19 @@ fn children(pid: u32) -> io::Result<Vec<u32>> {
 /// # Errors
 /// `NotFound` if it is gone.
 pub fn state(pid: u32) -> io::Result<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    state_in(&format!("/proc/{pid}/stat"))
+}
+
+/// The state letter of a thread.
+///
+/// # Errors
+/// `NotFound` if it is gone.
+pub fn thread_state(pid: u32, tid: u32) -> io::Result<char> {
+    state_in(&format!("/proc/{pid}/task/{tid}/stat"))
+}
+
+fn state_in(stat: &str) -> io::Result<char> {
+    let stat = fs::read_to_string(stat)?;
     // The name may hold anything, the last parenthesis ends it.
     let letter = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
     letter.ok_or_else(|| io::ErrorKind::InvalidData.into())

@@ -102,6 +102,27 @@ fn a_slow_push_leaves_the_faults_to_the_demand_lane() {
     move_once(&site, &Plan::new().source(["--push-rate", "16M"]), &options, Memory::Changing);
 }
 
+/// CRIU takes all memory of such a process for stacks. A thread that does not stay there is caught elsewhere by a
+/// later freeze; for this one the move does what is left.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_thread_whose_stack_pointer_stays_page_aligned() {
+    let Some(site) = Site::new() else { return };
+    let options = Options { aligned_stack: true, ..stamps::small(&site, 32) };
+    let mut stamp = Stamp::start(&options);
+    let ended = Plan::new().run(&site, stamp.pid());
+    ended.assert_arrived(Memory::Steady);
+    let said = ended.source.said();
+    // CRIU cannot be sent away any more once it has touched the process, as it may on a busy machine.
+    assert!((1..8).contains(&said.matches("trying again").count()), "{said}");
+    assert_eq!(said.matches("copies all memory before it resumes").count(), 1, "{said}");
+    assert_eq!(ended.destination.report().pages.lazy, 0);
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    stamp.quit();
+    site.assert_clean(&[]);
+}
+
 #[test]
 fn another_criu_with_wide_headers() {
     let Some(criu) = programs::next_criu() else {

@@ -137,7 +137,7 @@ impl<U: Upstream> FaultLoop<U> {
 
     /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
     pub fn run(mut self) -> Option<U> {
-        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS, limits::FAULT_NICE) {
+        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the fault loop: {error}");
         }
         loop {

@@ -27,8 +27,3 @@ pub const BACKGROUND_REQUEST_PAGES: u64 = 64;
 /// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
 /// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
 pub const SLICE_NS: u64 = 100_000;
-/// Niceness of the fault path.
-pub const FAULT_NICE: i32 = 0;
-/// Niceness of the push: a task that computes on every processor keeps nine tenths of them, and the push still
-/// makes progress.
-pub const PUSH_NICE: i32 = 10;

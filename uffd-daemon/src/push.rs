@@ -73,8 +73,8 @@ impl PushLane {
     /// # Errors
     /// [`PushError`].
     pub fn run(mut self) -> Result<(), PushError> {
-        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS, limits::PUSH_NICE) {
-            tracing::debug!("the push keeps its priority: {error}");
+        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
+            tracing::debug!("no short time slice for the push: {error}");
         }
         loop {
             if self.swept.elapsed() >= limits::ACK_INTERVAL || self.tree.settled_at().is_some() {

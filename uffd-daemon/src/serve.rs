@@ -194,8 +194,14 @@ impl Context {
     }
 
     fn run(&self, (id, session): (SessionId, Session)) {
-        let (report, result) = session.run();
+        let session = std::panic::AssertUnwindSafe(session);
+        let ended = std::panic::catch_unwind(|| { session }.0.run());
         lock(&self.registry).remove(&id);
+        let Ok((report, result)) = ended else {
+            // The panic has been printed; the daemon must not wait for this session for ever.
+            self.done.send(Finished { status: 1 });
+            return;
+        };
         self.publish(&report, &result);
         let refused = matches!(result, Err(SessionError::Refused(_)));
         let status = match &result {

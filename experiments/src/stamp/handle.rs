@@ -82,6 +82,7 @@ impl Handle {
         ] {
             program.arg(name).arg(value);
         }
+        program.args(options.aligned_stack.then_some("--aligned-stack"));
         program.args(options.churn.then_some("--churn")).args(options.fork.then_some("--fork"));
         program.arg("--status").arg(&files.status).arg("--control").arg(&files.control);
         let shared = (options.tree > 1).then(|| files.status.with_extension("shared"));

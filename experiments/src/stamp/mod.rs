@@ -84,6 +84,9 @@ pub struct Options {
     /// Pause of a writing thread after each page, in microseconds
     #[arg(long, default_value_t = 0)]
     pub rate_us: u64,
+    /// Run a thread that spins with its stack pointer on the first byte of a page (x86-64)
+    #[arg(long)]
+    pub aligned_stack: bool,
     /// How long to live, not counting the time frozen
     #[arg(long, default_value_t = 600)]
     pub seconds: u64,
@@ -96,7 +99,17 @@ impl Options {
     /// The defaults of the command line.
     #[must_use]
     pub const fn new(files: Files) -> Self {
-        Self { mib: 512, threads: 4, churn: false, fork: false, tree: 1, rate_us: 0, seconds: 600, files }
+        Self {
+            mib: 512,
+            threads: 4,
+            churn: false,
+            fork: false,
+            tree: 1,
+            rate_us: 0,
+            aligned_stack: false,
+            seconds: 600,
+            files,
+        }
     }
 }
 
@@ -126,6 +139,19 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         0 => process.lead(&files),
         _ => process.follow(),
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::unnecessary_wraps, reason = "refused elsewhere")]
+fn spin_on_page_boundary() -> anyhow::Result<()> {
+    static NEVER: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+    std::thread::spawn(|| kernel::stack::spin_on_page_boundary(&NEVER));
+    Ok(())
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn spin_on_page_boundary() -> anyhow::Result<()> {
+    anyhow::bail!("--aligned-stack is made for x86-64 only")
 }
 
 /// The threads of one process and what they count.
@@ -182,6 +208,9 @@ impl Team {
             std::thread::spawn(move || gate.drive(work.as_mut()))
         });
         let threads = threads.collect();
+        if options.aligned_stack {
+            spin_on_page_boundary()?;
+        }
         Ok(Self { process, pages, gate, threads, writers, churn, forks, shared })
     }
 

@@ -228,7 +228,11 @@ impl Stream {
             // BBR, a common default, paces loopback and data-centre links far below their rate and adds
             // milliseconds to single requests; cubic is built into every kernel that has not removed it.
             let _ = socket.set_tcp_congestion(b"cubic");
-            socket.set_tcp_user_timeout(Some(limits::DEAD_LINK_AFTER))?;
+            if role != Role::Push {
+                // On a push lane it would also end the connection to a live peer that is too busy to read: the
+                // kernel counts a window that stays shut as a timeout.
+                socket.set_tcp_user_timeout(Some(limits::DEAD_LINK_AFTER))?;
+            }
             let probe = Duration::from_secs(2);
             socket.set_tcp_keepalive(
                 &TcpKeepalive::new().with_time(probe).with_interval(probe).with_retries(4),

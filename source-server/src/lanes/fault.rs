@@ -20,7 +20,7 @@ const REQUESTS: usize = 64;
 /// [`LaneError`]; [`LaneError::Closed`] is how a lane ends.
 pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let broken = LaneError::io("fault");
-    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS, limits::FAULT_NICE) {
+    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
         tracing::debug!("no short time slice for the fault lane: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(&broken)?;

@@ -1,13 +1,16 @@
 //! Unasked pages out, acknowledgements in: a thread for each direction of a push lane.
 
+use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use host::waiting;
 use protocol::link::Stream;
 use protocol::units::pages_to_bytes;
 use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, decode_ack};
+use protocol::wire::limits::DEAD_LINK_AFTER;
 
 use super::{LaneError, Lanes};
 use crate::ledger::index_of;
@@ -57,8 +60,8 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     if pace == Pace::Off {
         return Ok(());
     }
-    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS, limits::PUSH_NICE) {
-        tracing::debug!("the push keeps its priority: {error}");
+    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
+        tracing::debug!("no short time slice for the push: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
     let chunks = lanes.ledger().chunks();
@@ -118,6 +121,12 @@ pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let mut head = [0; HEADER_LEN];
     let mut body = Vec::new();
     while lanes.ledger().missing() > 0 {
+        while !waiting::readable_within(lane.as_fd(), limits::LANE_LOOK_INTERVAL).map_err(&broken)? {
+            // A busy destination may take any time to read; one whose kernel is silent is gone.
+            if kernel::tcp::unheard_for(lane.as_fd()).is_ok_and(|age| age > Some(DEAD_LINK_AFTER)) {
+                return Err(broken(std::io::ErrorKind::TimedOut.into()));
+            }
+        }
         lane.receive_all(&mut head).map_err(&broken)?;
         let header = Header::decode(&head)?;
         if header.kind != Kind::Ack {

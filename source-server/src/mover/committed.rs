@@ -95,9 +95,10 @@ impl<'a> Committed<'a> {
         let (out, back) =
             (self.session.push.try_clone().map_err(broken)?, self.session.push.try_clone().map_err(broken)?);
         let (lanes, post, pace) = (self.frozen.lanes.clone(), self.frozen.post.clone(), mover.config.pace);
-        self.threads.push(std::thread::spawn(move || {
+        let pushing = std::thread::Builder::new().name("push".into()).spawn(move || {
             post.send(Notice::Lane(push(&lanes, &out, pace)));
-        }));
+        });
+        self.threads.push(pushing.map_err(|error| format!("cannot start a thread: {error}"))?);
         let (lanes, post) = (self.frozen.lanes.clone(), self.frozen.post.clone());
         self.threads.push(std::thread::spawn(move || {
             post.send(match acknowledgements(&lanes, &back) {

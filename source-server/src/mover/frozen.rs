@@ -17,7 +17,7 @@ use protocol::wire::control::{Control, Dumped};
 
 use super::session::{Next, Session};
 use super::{Mover, StoreKind};
-use crate::dump::Dump;
+use crate::dump::{Dump, DumpError};
 use crate::fence::{self, Fence};
 use crate::lanes::{LaneError, Lanes, serve_faults};
 use crate::limits;
@@ -79,12 +79,18 @@ impl<'a> Frozen<'a> {
         let dir = WorkDir::create(mover.config.work_dir.as_deref(), "postcopy-source")
             .map_err(|error| format!("cannot make a working directory: {error}"))?;
         mover.recorder.phase("freeze");
-        let mut dump = Dump::start(criu, mover.config.pid, dir.path(), &mover.config.criu_options)
-            .map_err(|error| error.to_string())?;
-        let ready = dump.wait_ready(tree.root().pid, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT);
-        let frozen_at = match ready {
-            Ok(frozen_at) => frozen_at,
-            Err(error) => return Err(and(error.to_string(), let_run(tree, network, None))),
+        let mut tries = 0;
+        let (mut dump, frozen_at) = loop {
+            let mut dump = Dump::start(criu, mover.config.pid, dir.path(), &mover.config.criu_options)
+                .map_err(|error| error.to_string())?;
+            tries += 1;
+            let last_try = tries == limits::ALIGNED_STACK_TRIES;
+            match dump.wait_ready(tree.root().pid, last_try, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT) {
+                Ok(frozen_at) => break (dump, frozen_at),
+                // The next freeze will find the thread elsewhere, unless it sleeps there.
+                Err(error @ DumpError::AlignedStack(_)) => tracing::info!("{error}; trying again"),
+                Err(error) => return Err(and(error.to_string(), let_run(tree, network, None))),
+            }
         };
         mover.recorder.phase_at("dump", frozen_at);
         // Tasks come and go until the freeze: the images hold those of this moment.

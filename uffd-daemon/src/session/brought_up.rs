@@ -68,7 +68,7 @@ pub(super) struct BroughtUp {
     cancel_handover: Option<UnixStream>,
     keeper: KeeperHandle,
     restore: Option<Restore>,
-    /// Gone with the move; holds images, logs and the FIFOs of the barrier.
+    /// Gone with the move; holds images, logs and the barrier's socket.
     _dir: WorkDir,
 }
 
@@ -356,5 +356,12 @@ impl BroughtUp {
              Killing the tasks ends it.",
             self.tree.pages()
         )
+    }
+}
+
+impl Drop for BroughtUp {
+    /// Whichever way a move ends, also by a panic, no thread goes on without it.
+    fn drop(&mut self) {
+        self.stop_threads();
     }
 }
