@@ -9,6 +9,7 @@
 //! - [`workdir`]: the directory of one move, in memory, gone afterwards
 //! - [`logging`]: how `-v` and `--quiet` become log lines
 //! - [`mailbox`]: a channel that can be polled
+//! - [`placement`]: which processors a thread may run on
 //! - [`progress`]: a line for people while it takes long
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod hooks;
 pub mod interrupt;
 pub mod logging;
 pub mod mailbox;
+pub mod placement;
 pub mod progress;
 pub mod report;
 pub mod waiting;

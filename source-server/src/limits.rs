@@ -38,6 +38,8 @@ pub const LAST_ACK_TIMEOUT: Duration = Duration::from_secs(30);
 pub const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long to wait for the destination's reason once one of its lanes has ended.
 pub const REASON_PATIENCE: Duration = Duration::from_secs(3);
+/// How long after a fault the push stays off the processor that served it.
+pub const FAULTS_REMEMBERED: Duration = Duration::from_millis(100);
 /// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
 /// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
 pub const SLICE_NS: u64 = 100_000;

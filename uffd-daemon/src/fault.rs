@@ -140,6 +140,8 @@ impl<U: Upstream> FaultLoop<U> {
         if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the fault loop: {error}");
         }
+        let tree = self.tree.clone();
+        let _steered = tree.fault_thread.this_thread();
         loop {
             let ready = match self.wait() {
                 Ok(ready) => ready,
@@ -225,6 +227,8 @@ impl<U: Upstream> FaultLoop<U> {
         let Some(Served { family, space, uffd }) = self.served.get(position) else { return Ok(()) };
         let (family, space, uffd) = (*family, *space, uffd.clone());
         let tree = self.tree.clone();
+        // The wait for the family is part of a fault's latency.
+        let now = Instant::now();
         let mut guard = tree.lock(family);
         let mut asks: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
         let mut asked = 0;
@@ -265,7 +269,6 @@ impl<U: Upstream> FaultLoop<U> {
             }
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
-        let now = Instant::now();
         self.maybe_settled |= guard.remote_pages() == 0;
         for child in children {
             self.adopt(&mut guard, family, space, child);
@@ -275,6 +278,7 @@ impl<U: Upstream> FaultLoop<U> {
             self.zero(&mut guard, position, space, *at)?;
         }
         let task = guard.task();
+        tree.demands.fetch_add(asked as u64, Ordering::Relaxed);
         for (index, at) in asks.iter().flatten() {
             let Some((addr, _)) = guard.map().locate(guard.map().first + index) else { continue };
             let Some(run) = PageRun::new(addr, 1) else { continue };

@@ -7,6 +7,7 @@
 //! - [`preflight`], [`restore`], [`barrier`], [`pidns`], [`handover`]: bringing the tree up, held back
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
 //! - [`fault`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
+//! - [`steering`]: where the threads of both run
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies
 #![forbid(unsafe_code)]
 
@@ -26,5 +27,6 @@ pub mod push;
 pub mod restore;
 pub mod serve;
 pub mod session;
+pub mod steering;
 pub mod tree;
 pub mod upstream;

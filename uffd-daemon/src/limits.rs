@@ -24,6 +24,12 @@ pub const LIVENESS_INTERVAL: Duration = Duration::from_millis(500);
 pub const BACKGROUND_PAGES_IN_FLIGHT: u64 = 128;
 /// Pages of one background request.
 pub const BACKGROUND_REQUEST_PAGES: u64 = 64;
+/// How often it is looked where the faulting threads run.
+pub const STEERING_PAUSE: Duration = Duration::from_millis(5);
+/// After so many looks without a new fault every processor is free again.
+pub const STEERING_MEMORY: u32 = 20;
+/// Threads of a process that are looked at: more are everywhere, and cost time.
+pub const STEERED_THREADS: usize = 32;
 /// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
 /// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
 pub const SLICE_NS: u64 = 100_000;

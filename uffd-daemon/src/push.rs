@@ -76,6 +76,8 @@ impl PushLane {
         if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the push: {error}");
         }
+        let tree = self.tree.clone();
+        let _steered = tree.push_thread.this_thread();
         loop {
             if self.swept.elapsed() >= limits::ACK_INTERVAL || self.tree.settled_at().is_some() {
                 self.sweep()?;
@@ -113,7 +115,7 @@ impl PushLane {
             at += pages;
         }
         self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
-        let mut family = self.tree.lock(position);
+        let mut family = self.tree.lock_last(position);
         family.acknowledge(first, first + run.pages, RUNS_PER_ACK_MAX, &mut self.acks);
         let complete = family.remote_pages() == 0;
         drop(family);
@@ -128,7 +130,7 @@ impl PushLane {
         let (task, run) = (frame.what.task, frame.what.run);
         let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
         let Some(position) = self.tree.position(task) else { return Err(not_lazy) };
-        let mut family = self.tree.lock(position);
+        let mut family = self.tree.lock_last(position);
         let map = family.map();
         let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end());
         let Some(found) = found else { return Err(not_lazy) };
@@ -177,14 +179,14 @@ fn install_slice(tree: &Tree, position: usize, first: u64, data: &[u8]) -> io::R
             tries += 1;
             std::thread::yield_now();
         }
-        let outcome = tree.lock(position).arrived(first, data, Origin::Push)?;
+        let outcome = tree.lock_last(position).arrived(first, data, Origin::Push)?;
         let blocked = match outcome {
             Arrival::Settled => return Ok(()),
             Arrival::Blocked(blocked) => blocked,
         };
         if blocked == Blocked::Unregistered && begun.elapsed() > limits::UNREGISTERED_PATIENCE {
             let pages = (data.len() / PAGE_SIZE) as u64;
-            let mut family = tree.lock(position);
+            let mut family = tree.lock_last(position);
             tracing::error!(task = %family.task(), first, pages, "area lost without an event");
             family.give_up(first, first + pages);
             return Ok(());

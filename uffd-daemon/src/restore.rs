@@ -147,6 +147,12 @@ impl Restore {
         }
     }
 
+    /// The /proc that shows the restored tasks under their own pids.
+    #[must_use]
+    pub fn proc_dir(&self) -> PathBuf {
+        self.init_pid().map_or_else(|| "/proc".into(), |init| format!("/proc/{init}/root/proc").into())
+    }
+
     /// Undoes the restore: nothing of the tree is left.
     pub fn abort(&mut self) {
         match self.place.take() {

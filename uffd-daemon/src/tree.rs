@@ -1,7 +1,7 @@
 //! The restored tree: one [`Family`] per task, and how much of it is still remote.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -12,6 +12,7 @@ use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
 use crate::pages::Family;
+use crate::steering::Steered;
 
 /// A family whose installers are real userfaultfds.
 pub type TaskFamily = Family<Arc<Uffd>>;
@@ -24,6 +25,14 @@ pub struct Tree {
     total: u64,
     /// Faults that were asked for and have not been answered: the push lets them pass.
     pub demand_outstanding: AtomicU32,
+    /// Faults that were asked for, ever.
+    pub demands: AtomicU64,
+    /// The fault loop.
+    pub fault_thread: Steered,
+    /// The push.
+    pub push_thread: Steered,
+    /// Who waits for a family and is not the push.
+    urgent: AtomicU32,
     settled_at: OnceLock<Instant>,
 }
 
@@ -38,6 +47,10 @@ impl Tree {
             by_task,
             total: map.pages(),
             demand_outstanding: AtomicU32::new(0),
+            demands: AtomicU64::new(0),
+            fault_thread: Steered::default(),
+            push_thread: Steered::default(),
+            urgent: AtomicU32::new(0),
             settled_at: OnceLock::new(),
         })
     }
@@ -71,6 +84,30 @@ impl Tree {
     /// # Panics
     /// If `position` did not come from [`Tree::position`].
     pub fn lock(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
+        self.urgent.fetch_add(1, Ordering::Relaxed);
+        let family = self.lock_now(position);
+        self.urgent.fetch_sub(1, Ordering::Relaxed);
+        family
+    }
+
+    /// As [`Tree::lock`], after everybody who waits there. A mutex is not fair: the push, which takes it again and
+    /// again, would keep a fault out for milliseconds.
+    ///
+    /// # Panics
+    /// As [`Tree::lock`].
+    pub fn lock_last(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
+        loop {
+            while self.urgent.load(Ordering::Relaxed) > 0 {
+                std::thread::yield_now();
+            }
+            let family = self.lock_now(position);
+            if self.urgent.load(Ordering::Relaxed) == 0 {
+                return family;
+            }
+        }
+    }
+
+    fn lock_now(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
         // A panic of another thread cannot leave a family half-changed in a way that loses pages: bits are
         // cleared only after a page was installed.
         self.families[position].lock().unwrap_or_else(PoisonError::into_inner)

@@ -101,6 +101,16 @@ impl Stream {
         })
     }
 
+    /// The processor that received the last packet (`SO_INCOMING_CPU`), where the kernel knows it.
+    #[must_use]
+    pub fn incoming_processor(&self) -> Option<usize> {
+        match self {
+            // -1, as an unsigned number, before the first.
+            Self::Tcp(_) => SockRef::from(self).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// How long one send or receive may wait; `None` is for ever.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use host::placement::Processors;
 use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, PageRun};
 use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, TaskRun};
@@ -27,6 +28,8 @@ pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let mut buffer = vec![0; REQUESTS * RUN_HEADER_LEN];
     let mut page = vec![0; PAGE_SIZE];
     let mut filled = 0;
+    let allowed = Processors::allowed().ok();
+    let mut home = None;
     loop {
         let got = lane.receive(&mut buffer[filled..]).map_err(&broken)?;
         if got == 0 {
@@ -44,6 +47,15 @@ pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             used += RUN_HEADER_LEN;
         }
         lanes.fault_served.store(false, Ordering::Relaxed);
+        // Where the requests arrive: the next one need not wake another processor.
+        if let (Some(allowed), Some(cpu)) = (allowed, lane.incoming_processor()) {
+            lanes.note_served(cpu);
+            if home != Some(cpu) {
+                home = Some(cpu);
+                // If it is refused, the thread runs wherever it did.
+                let _ = allowed.just(home).keep(0);
+            }
+        }
         buffer.copy_within(used..filled, 0);
         filled -= used;
     }

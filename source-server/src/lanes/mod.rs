@@ -6,12 +6,14 @@ mod push;
 pub use fault::serve_faults;
 pub use push::{Pace, acknowledgements, push};
 
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use protocol::lazy_map::LazyMap;
 
 use crate::ledger::{Ledger, NotLazy};
+use crate::limits;
 use crate::store::{PageStore, StoreError};
 
 /// What the lanes of a move share.
@@ -24,6 +26,10 @@ pub struct Lanes {
     pub ledger: Mutex<Ledger>,
     /// A fault is being served: the push lets it pass.
     pub fault_served: AtomicBool,
+    /// The processor that serves faults, and when it last did, in milliseconds since `began`.
+    served_on: AtomicUsize,
+    served_at: AtomicU64,
+    began: Instant,
     /// The move is over or was called off.
     pub stop: AtomicBool,
     /// Bytes sent as answers.
@@ -42,10 +48,30 @@ impl Lanes {
             store,
             ledger,
             fault_served: AtomicBool::new(false),
+            served_on: AtomicUsize::new(usize::MAX),
+            served_at: AtomicU64::new(0),
+            began: Instant::now(),
             stop: AtomicBool::new(false),
             fault_bytes: AtomicU64::new(0),
             push_bytes: AtomicU64::new(0),
         })
+    }
+
+    /// Notes that faults were served on `cpu`.
+    fn note_served(&self, cpu: usize) {
+        self.served_on.store(cpu, Ordering::Relaxed);
+        self.served_at.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    /// The processor that serves faults, if it did of late.
+    fn busy_processor(&self) -> Option<usize> {
+        let cpu = self.served_on.load(Ordering::Relaxed);
+        let quiet_ms = self.now_ms().saturating_sub(self.served_at.load(Ordering::Relaxed));
+        (cpu != usize::MAX && u128::from(quiet_ms) < limits::FAULTS_REMEMBERED.as_millis()).then_some(cpu)
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     pub(crate) fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {

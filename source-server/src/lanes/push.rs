@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use host::placement::Processors;
 use host::waiting;
 use protocol::link::Stream;
 use protocol::units::pages_to_bytes;
@@ -68,9 +69,19 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     let mut runs = Vec::new();
     let mut id = 0;
     let mut throttle = Throttle { pace, began: Instant::now(), sent: 0 };
+    let allowed = Processors::allowed().ok();
+    let mut avoided = None;
     for chunk in 0..chunks {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
+        }
+        let busy = lanes.busy_processor();
+        if let (Some(allowed), true) = (allowed, busy != avoided) {
+            avoided = busy;
+            let mut busy = Processors::none();
+            avoided.into_iter().for_each(|cpu| busy.add(cpu));
+            // If it is refused, the thread runs wherever it did.
+            let _ = allowed.without(busy).keep(0);
         }
         while lanes.fault_served.load(Ordering::Relaxed) {
             std::thread::yield_now();

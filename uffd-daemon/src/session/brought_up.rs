@@ -29,6 +29,7 @@ use crate::pidns::PidNamespace;
 use crate::preflight;
 use crate::push::{PushError, PushLane};
 use crate::restore::{PidPlace, Restore};
+use crate::steering::Steering;
 use crate::tree::Tree;
 use crate::upstream::FaultLane;
 
@@ -63,6 +64,7 @@ pub(super) struct BroughtUp {
     push_thread: Option<JoinHandle<()>>,
     commands: Post<Command>,
     fault_thread: Option<JoinHandle<()>>,
+    steering: Option<Steering>,
     handed_over: Mailbox<Result<(), ReceiveError>>,
     handover_thread: Option<JoinHandle<()>>,
     cancel_handover: Option<UnixStream>,
@@ -144,6 +146,7 @@ impl BroughtUp {
             push_thread: None,
             commands,
             fault_thread: Some(fault_thread),
+            steering: None,
             handed_over,
             handover_thread: Some(handover_thread),
             cancel_handover: Some(cancel_handover),
@@ -279,6 +282,9 @@ impl BroughtUp {
                 _ => return Err(Failure { reason: "criu restore did not let the tasks run".into() }),
             }
             if let (Some(at), true) = (resumed, finished) {
+                let proc = restore.proc_dir();
+                let processes = self.map.tasks().iter().map(|task| proc.join(task.id.to_string())).collect();
+                self.steering = Some(Steering::start(self.tree.clone(), processes));
                 self.commands.send(Command::Running);
                 return Ok(at);
             }
@@ -307,6 +313,7 @@ impl BroughtUp {
     }
 
     fn stop_threads(&mut self) {
+        self.steering = None;
         self.commands.send(Command::Stop);
         self.cancel_handover = None;
         if let Some(lane) = &self.push_lane {

@@ -1,0 +1,95 @@
+//! Keeps the fault loop on the faulting thread's processor, and the push off it, as long as there are faults.
+//!
+//! A userfaultfd of CRIU does not tell which thread faulted: a thread of its own looks in /proc now and then.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+
+use host::placement::{self, Processors};
+
+use crate::limits;
+use crate::tree::Tree;
+
+/// A thread to steer: it says itself who it is.
+#[derive(Debug, Default)]
+pub struct Steered(AtomicI32);
+
+impl Steered {
+    /// The calling thread is the one, until what this returns is dropped.
+    #[must_use]
+    pub fn this_thread(&self) -> impl Drop {
+        self.0.store(placement::this_thread(), Ordering::Relaxed);
+        Here(self)
+    }
+
+    fn keep(&self, to: Processors) {
+        match self.0.load(Ordering::Relaxed) {
+            0 => {}
+            // It may end right now.
+            thread => drop(to.keep(thread)),
+        }
+    }
+}
+
+struct Here<'a>(&'a Steered);
+
+impl Drop for Here<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Steers until it is dropped.
+#[derive(Debug)]
+pub struct Steering {
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Steering {
+    /// Watches the processes with these directories in a /proc.
+    #[must_use]
+    pub fn start(tree: Arc<Tree>, processes: Vec<PathBuf>) -> Self {
+        let (stop, stopped) = channel::<()>();
+        let thread = std::thread::Builder::new().name("steering".into()).spawn(move || {
+            let Ok(allowed) = Processors::allowed() else { return };
+            if allowed.only().is_some() {
+                return;
+            }
+            let (mut demands, mut quiet, mut avoided) = (0, 0, Processors::none());
+            let mut pause = limits::STEERING_PAUSE;
+            while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                let now = tree.demands.load(Ordering::Relaxed);
+                quiet = if now == demands { quiet + 1 } else { 0 };
+                demands = now;
+                let mut found = Processors::none();
+                if quiet == 0 {
+                    for process in &processes {
+                        // One that ended runs nowhere.
+                        let _ = placement::add_processors_of(process, limits::STEERED_THREADS, &mut found);
+                    }
+                }
+                pause = limits::STEERING_PAUSE * if quiet < limits::STEERING_MEMORY { 1 } else { 10 };
+                let forgotten = quiet >= limits::STEERING_MEMORY;
+                if found != avoided && (forgotten || found != Processors::none()) {
+                    avoided = found;
+                    tree.push_thread.keep(allowed.without(found));
+                    tree.fault_thread.keep(allowed.just(found.only()));
+                }
+            }
+        });
+        Self { stop: Some(stop), thread: thread.ok() }
+    }
+}
+
+impl Drop for Steering {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
