@@ -175,22 +175,35 @@ impl Tool {
         }
     }
 
-    /// Waits for its good end and sums up what it used.
-    fn wait(&mut self) -> anyhow::Result<Used> {
-        let deadline = Instant::now() + PATIENCE;
+    /// Whether it has ended, well, and what it used until then; `peak_kib` grows meanwhile.
+    fn ended(&mut self, peak_kib: &mut u32) -> anyhow::Result<Option<Used>> {
+        *peak_kib = peak_memory_kib(self.child.id()).unwrap_or(*peak_kib);
         let before = children_cpu()?;
-        let mut peak_kib = 0;
-        loop {
-            peak_kib = peak_memory_kib(self.child.id()).unwrap_or(peak_kib);
-            if let Some(status) = self.child.try_wait()? {
-                let ended_ns = wall_ns();
-                ensure!(status.success(), "{} failed ({status}): {}", self.name, self.said());
-                let cpu_s = children_cpu()? - before;
-                return Ok(Used { cpu_s, peak_mib: f64::from(peak_kib) / 1024.0, ended_ns });
+        let Some(status) = self.child.try_wait()? else { return Ok(None) };
+        let ended_ns = wall_ns();
+        ensure!(status.success(), "{} failed ({status}): {}", self.name, self.said());
+        let cpu_s = children_cpu()? - before;
+        Ok(Some(Used { cpu_s, peak_mib: f64::from(*peak_kib) / 1024.0, ended_ns }))
+    }
+}
+
+/// Waits for the good end of both.
+fn wait_both(source: &mut Tool, destination: &mut Tool) -> anyhow::Result<(Used, Used)> {
+    let deadline = Instant::now() + PATIENCE;
+    let (mut peaks, mut used) = ([0, 0], [None, None]);
+    loop {
+        for (i, tool) in [&mut *source, &mut *destination].into_iter().enumerate() {
+            if used[i].is_none() {
+                used[i] = tool.ended(&mut peaks[i])?;
             }
-            ensure!(Instant::now() < deadline, "{} does not end: {}", self.name, self.said());
-            std::thread::sleep(Duration::from_millis(2));
         }
+        match used {
+            [Some(source), Some(destination)] => return Ok((source, destination)),
+            waiting => used = waiting,
+        }
+        let late = if used[0].is_none() { &*source } else { &*destination };
+        ensure!(Instant::now() < deadline, "{} does not end: {}", late.name, late.said());
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -244,8 +257,8 @@ pub(super) fn measure(
     let mut workload = Handle::start(own, &options, PATIENCE)?;
     workload.mark_moved();
     let moved = match contender {
-        Contender::Ours => ours(setting, &workload, path)?,
-        Contender::Criu => stock(setting, &workload, path)?,
+        Contender::Ours => ours(setting, &workload, path, mib)?,
+        Contender::Criu => stock(setting, &workload, path, mib)?,
     };
     let summary = match load {
         // Reads every page, so that the data is checked.
@@ -281,7 +294,7 @@ pub(super) fn measure(
     })
 }
 
-fn ours(setting: &Setting, workload: &Handle, dir: &Path) -> anyhow::Result<Moved> {
+fn ours(setting: &Setting, workload: &Handle, dir: &Path, mib: usize) -> anyhow::Result<Moved> {
     let (source_json, destination_json) = (dir.join("source.json"), dir.join("destination.json"));
     let mut serve = Command::new(&setting.uffd_daemon);
     serve.args(["serve", "--listen", "127.0.0.1:0", "--once", "--pidns", "new", "--criu"]).arg(&setting.criu);
@@ -292,10 +305,10 @@ fn ours(setting: &Setting, workload: &Handle, dir: &Path) -> anyhow::Result<Move
     start.args(["move", "--pid", &workload.pid().to_string(), "--to", &address, "--criu"]);
     start.arg(&setting.criu).arg("--json").arg(&source_json);
     let mut source = Tool::start("source-server", &mut start, dir)?;
-    let destination = destination.wait()?;
-    let source = source.wait()?;
-    let own_share_ms =
-        Some(own_share(&MoveReport::read(&source_json)?, &MoveReport::read(&destination_json)?));
+    let (source, destination) = wait_both(&mut source, &mut destination)?;
+    let report = MoveReport::read(&destination_json)?;
+    ensure_lazy(report.pages.lazy * 4096, mib)?;
+    let own_share_ms = Some(own_share(&MoveReport::read(&source_json)?, &report));
     Ok(Moved { source, destination, own_share_ms, _namespace: None })
 }
 
@@ -307,7 +320,7 @@ fn own_share(source: &MoveReport, destination: &MoveReport) -> f64 {
     source.blackout_ms - phase(source, "dump") - phase(destination, "restore")
 }
 
-fn stock(setting: &Setting, workload: &Handle, dir: &Path) -> anyhow::Result<Moved> {
+fn stock(setting: &Setting, workload: &Handle, dir: &Path, mib: usize) -> anyhow::Result<Moved> {
     let images = dir.join("images");
     fs::create_dir(&images)?;
     let criu = |verb: &str, log: &str| {
@@ -336,9 +349,20 @@ fn stock(setting: &Setting, workload: &Handle, dir: &Path) -> anyhow::Result<Mov
     restore.arg(&setting.criu).args(["restore", "-D"]).arg(&images);
     restore.args(["-o", "restore.log", "-v0", "--lazy-pages", "-d"]);
     let namespace = Tool::start("criu-restore", &mut restore, dir)?;
-    let destination = destination.wait()?;
-    let source = source.wait()?;
+    let (source, destination) = wait_both(&mut source, &mut destination)?;
+    let copied: u64 = fs::read_dir(&images)?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"))
+        .filter_map(|entry| Some(entry.metadata().ok()?.len()))
+        .sum();
+    ensure_lazy(((mib as u64) << 20).saturating_sub(copied), mib)?;
     Ok(Moved { source, destination, own_share_ms: None, _namespace: Some(namespace) })
+}
+
+/// A process with a page-aligned stack pointer is copied as a whole, by either: that measures nothing here.
+fn ensure_lazy(bytes: u64, mib: usize) -> anyhow::Result<()> {
+    ensure!(bytes >> 20 >= mib as u64 / 10 * 9, "only {} of {mib} MiB were lazy", bytes >> 20);
+    Ok(())
 }
 
 fn wait_until(tool: &mut Tool, condition: impl Fn() -> bool) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@
 //!
 //! ```text
 //! results/  runs.csv         a line per run
+//!           failures.txt     runs that were tried again, and why
 //!           environment.txt  kernel, processor, versions, load before and after
 //!           summary.md       medians and ratios
 //! ```
@@ -24,6 +25,9 @@ use anyhow::Context;
 use crate::cli::Common;
 use crate::scenario::RunOptions;
 use contender::{Contender, Setting, measure};
+
+/// Tries of a run: stock CRIU hangs now and then, and one process in some hundred is copied as a whole.
+const TRIES: u32 = 3;
 
 /// How the application uses its memory after the move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +65,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     fs::create_dir_all(&results).with_context(|| format!("creating {results:?}"))?;
     let setting = Setting::find(common)?;
     write_environment(&results, &setting)?;
+    let _ = fs::remove_file(results.join("failures.txt"));
     let mut table = File::create(results.join("runs.csv"))?;
     writeln!(table, "{}", contender::CSV_HEADER)?;
     let total = sizes.len() * Load::ALL.len() * runs * Contender::ALL.len();
@@ -74,9 +79,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
                     order.reverse();
                 }
                 for contender in order {
-                    let row = measure(&setting, contender, mib, load, run).with_context(|| {
-                        format!("{} {mib} MiB {} run {run}", contender.name(), load.name())
-                    })?;
+                    let row = measure_surely(&setting, contender, (mib, load, run), &results, common)?;
                     writeln!(table, "{}", row.csv())?;
                     table.flush()?;
                     measured.push(row);
@@ -91,6 +94,29 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     println!("{}", summary::markdown(&measured, &setting));
     common.say(&format!("results are in {}", results.display()));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Measures, again if need be; what failed is recorded.
+fn measure_surely(
+    setting: &Setting,
+    contender: Contender,
+    (mib, load, run): (usize, Load, usize),
+    results: &Path,
+    common: &Common,
+) -> anyhow::Result<contender::Row> {
+    let name = format!("{} {mib} MiB {} run {run}", contender.name(), load.name());
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let error = match measure(setting, contender, mib, load, run) {
+            Ok(row) => return Ok(row),
+            Err(error) if tries == TRIES => return Err(error.context(name)),
+            Err(error) => error,
+        };
+        common.say(&format!("{name}, try {tries}: {error:#}"));
+        let mut failures = File::options().create(true).append(true).open(results.join("failures.txt"))?;
+        writeln!(failures, "{name}, try {tries}: {error:#}")?;
+    }
 }
 
 fn write_environment(results: &Path, setting: &Setting) -> anyhow::Result<PathBuf> {
