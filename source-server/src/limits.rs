@@ -17,6 +17,8 @@ pub const PUSH_FRAME_PAGES: u64 = 64;
 /// How often a tree is frozen at most until no stack pointer is page-aligned; each time it stands for some
 /// milliseconds. One thread in 256 is, so this many tries serve a hundred busy threads.
 pub const ALIGNED_STACK_TRIES: u32 = 8;
+/// How long a process that is perhaps being killed is watched, to tell its end from a failure of CRIU's.
+pub const EXIT_PATIENCE: Duration = Duration::from_millis(300);
 /// How long a dump may take until its page server is ready.
 pub const DUMP_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long an interrupted dump may go on: killed in the middle, CRIU would leave a task with code of CRIU's

@@ -82,14 +82,17 @@ impl<'a> Frozen<'a> {
         let mut tries = 0;
         let (mut dump, frozen_at) = loop {
             let mut dump = Dump::start(criu, mover.config.pid, dir.path(), &mover.config.criu_options)
-                .map_err(|error| error.to_string())?;
+                .map_err(|error| why_not_frozen(tree, &error))?;
             tries += 1;
             let last_try = tries == limits::ALIGNED_STACK_TRIES;
             match dump.wait_ready(tree.root().pid, last_try, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT) {
                 Ok(frozen_at) => break (dump, frozen_at),
                 // The next freeze will find the thread elsewhere, unless it sleeps there.
                 Err(error @ DumpError::AlignedStack(_)) => tracing::info!("{error}; trying again"),
-                Err(error) => return Err(and(error.to_string(), let_run(tree, network, None))),
+                Err(error) => {
+                    let undone = let_run(tree, network, None);
+                    return Err(and(why_not_frozen(tree, &error), undone));
+                }
             }
         };
         mover.recorder.phase_at("dump", frozen_at);
@@ -364,6 +367,16 @@ pub(super) fn and(reason: String, also: Result<(), String>) -> String {
 
 fn not_interrupted(mover: &Mover) -> Result<(), String> {
     if mover.interrupt.is_pending() { Err("interrupted".into()) } else { Ok(()) }
+}
+
+/// A process that ended makes a dump fail in many ways; the one reason that helps is that it ended.
+fn why_not_frozen(tree: &ProcessTree, error: &DumpError) -> String {
+    let root = tree.root();
+    // One that is being killed has yet to give its memory back.
+    match host::waiting::readable_within(root.handle.as_fd(), limits::EXIT_PATIENCE) {
+        Ok(true) => format!("process {} ended before it was frozen", root.pid),
+        _ => error.to_string(),
+    }
 }
 
 /// The destination runs.
