@@ -33,6 +33,19 @@ pub mod stock;
 pub mod tool;
 pub mod valve;
 
+/// Says why a test, or a part of one, cannot run here, and has `scripts/test` count it as skipped.
+///
+/// # Panics
+/// If the file that `scripts/test` names cannot be written.
+pub fn skip(why: impl std::fmt::Display) {
+    let why = why.to_string().replace('\n', "; ");
+    eprintln!("skipped: {why}");
+    if let Some(file) = std::env::var_os("POSTCOPY_TEST_SKIPPED") {
+        let mut file = std::fs::File::options().append(true).create(true).open(file).expect("the list");
+        std::io::Write::write_all(&mut file, format!("{why}\n").as_bytes()).expect("the list");
+    }
+}
+
 /// How long one step of a test may take: many times what it takes on a slow machine.
 pub const STEP: Duration = Duration::from_secs(60);
 /// How long a whole move may take.

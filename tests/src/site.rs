@@ -38,7 +38,7 @@ impl Site {
     #[must_use]
     pub fn new() -> Option<Self> {
         if let Some(obstacle) = programs::obstacle() {
-            eprintln!("skipped: {obstacle}");
+            crate::skip(obstacle);
             return None;
         }
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);

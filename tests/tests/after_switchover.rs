@@ -124,7 +124,7 @@ fn a_pulled_cable_pauses_both_sides() {
     let lab = match Lab::new() {
         Ok(lab) => lab,
         Err(error) => {
-            eprintln!("skipped: no network namespaces: {error:#}");
+            tests::skip(format!("no network namespaces: {error:#}"));
             return;
         }
     };

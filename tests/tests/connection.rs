@@ -28,7 +28,7 @@ impl Trial {
         let lab = match Lab::new() {
             Ok(lab) => lab,
             Err(error) => {
-                eprintln!("skipped: no network namespaces: {error:#}");
+                tests::skip(format!("no network namespaces: {error:#}"));
                 return None;
             }
         };
@@ -40,7 +40,7 @@ impl Trial {
         let trial = Self { client, server, lab, site, rules };
         let tried = trial.plan().source_hook("pre-freeze", "exit 7").run(&trial.site, trial.server.pid());
         if tried.source.status == 2 {
-            eprintln!("skipped: {}", tried.source.said());
+            tests::skip(tried.source.said());
             return None;
         }
         Some(trial)

@@ -126,7 +126,7 @@ fn a_thread_whose_stack_pointer_stays_page_aligned() {
 #[test]
 fn another_criu_with_wide_headers() {
     let Some(criu) = programs::next_criu() else {
-        eprintln!("skipped: there is no second CRIU: scripts/setup --criu-next makes one");
+        tests::skip("there is no second CRIU: scripts/setup --criu-next makes one");
         return;
     };
     for store in STORES {

@@ -451,7 +451,7 @@ fn nothing_is_freed_on_a_word_without_acknowledgements() {
 #[test]
 fn a_session_that_falls_silent_is_dropped() {
     if !tests::long() {
-        eprintln!("skipped: takes half a minute; POSTCOPY_TEST_LONG=1 runs it");
+        tests::skip("takes half a minute; POSTCOPY_TEST_LONG=1 runs it");
         return;
     }
     let Some(target) = Target::new() else { return };

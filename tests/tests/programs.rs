@@ -85,7 +85,7 @@ fn assert_moved_late(ended: &Ended, pages: u64) {
 #[test]
 fn a_program_of_another_user_is_refused_where_criu_cannot_dump_it() {
     if host::facts::has_capability(host::facts::CAP_SYS_RESOURCE) {
-        eprintln!("skipped: with CAP_SYS_RESOURCE it can");
+        tests::skip("with CAP_SYS_RESOURCE it can");
         return;
     }
     let Some(site) = Site::new() else { return };
@@ -117,7 +117,7 @@ fn a_redis_moves_with_its_keys() {
     let criu = ["--criu".as_ref(), criu.path.as_os_str()];
     let ended = Plan::between(&lab).source(criu).destination(criu).run(&site, redis.pid());
     if ended.source.status == 2 && ended.source.said().contains("has Internet sockets") {
-        eprintln!("skipped: {}", ended.source.said());
+        tests::skip(ended.source.said());
         return;
     }
     ended.assert_released(Memory::Changing);
@@ -158,7 +158,7 @@ fn answers(address: SocketAddr, commands: String, due: usize) -> String {
 #[test]
 fn a_postgresql_cluster_moves_with_its_data() {
     let Some(bin) = postgresql() else {
-        eprintln!("skipped: there is no PostgreSQL: scripts/setup --tests installs it");
+        tests::skip("there is no PostgreSQL: scripts/setup --tests installs it");
         return;
     };
     let Some(site) = Site::new() else { return };
@@ -296,7 +296,7 @@ fn installed(name: &str) -> Option<PathBuf> {
         (true, _) => Some(of_system),
         (false, true) => Some(name.into()),
         (false, false) => {
-            eprintln!("skipped: there is no {name}: scripts/setup --tests installs it");
+            tests::skip(format!("there is no {name}: scripts/setup --tests installs it"));
             None
         }
     }

@@ -30,7 +30,7 @@ const PROGRAM: &str = "/experiments";
 #[test]
 fn a_container_moves_with_our_daemon() {
     if !programs::on_path("runc") {
-        eprintln!("skipped: there is no runc: scripts/setup --tests installs it");
+        tests::skip("there is no runc: scripts/setup --tests installs it");
         return;
     }
     let Some(site) = Site::new() else { return };

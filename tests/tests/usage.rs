@@ -130,7 +130,7 @@ fn who_has_no_privileges() {
     match unprivileged("source-server").arg("--version").output() {
         Ok(output) if output.status.success() => {}
         other => {
-            eprintln!("skipped: no setpriv, or nobody else may run these programs: {other:?}");
+            tests::skip(format!("no setpriv, or nobody else may run these programs: {other:?}"));
             return;
         }
     }

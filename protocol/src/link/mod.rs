@@ -1,7 +1,7 @@
 //! How frames travel.
 //!
 //! A session has one control connection, one fault lane and at least one push lane, all dialled by the
-//! source. Each is a [`Stream`]; what differs between them is how the socket is tuned for its [`Role`].
+//! source. Each is a [`Stream`]; what differs between them is how the socket is tuned for its role.
 
 mod control;
 mod stream;

@@ -7,9 +7,9 @@
 //!                     roll back: the tasks run on here              ║ never back from here: paused
 //! ```
 //!
-//! - [`Session`]: the three connections to the destination, opened before anything is frozen
-//! - [`Frozen`]: tasks that stand still behind a fence; dropped without a word it rolls back
-//! - [`Committed`]: the destination runs; the tasks here are killed once their pages are in the store
+//! - `Session`: the three connections to the destination, opened before anything is frozen
+//! - `Frozen`: tasks that stand still behind a fence; dropped without a word it rolls back
+//! - `Committed`: the destination runs; the tasks here are killed once their pages are in the store
 
 mod committed;
 mod frozen;
