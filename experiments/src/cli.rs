@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 
 use crate::report::MoveReport;
@@ -100,6 +100,7 @@ impl Cli {
     /// # Errors
     /// If it cannot be done.
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        kernel::spawn::keep_descriptors().context("close_range")?;
         match self.command {
             Command::List => list(),
             Command::Run { scenario, options } => run(&scenario, &options, &self.common),

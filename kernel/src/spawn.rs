@@ -72,3 +72,16 @@ pub fn become_subreaper(on: bool) -> io::Result<()> {
     let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, libc::c_ulong::from(on)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// Keeps every descriptor but the standard ones from programs that the caller starts from now on: what it
+/// inherited itself, such as a lock, would be part of a checkpoint of theirs.
+///
+/// # Errors
+/// The errno of `close_range(2)`.
+pub fn keep_descriptors() -> io::Result<()> {
+    // SAFETY: with CLOSE_RANGE_CLOEXEC no descriptor is closed here, so nobody's is closed under him.
+    let result = unsafe {
+        libc::syscall(libc::SYS_close_range, 3 as libc::c_uint, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

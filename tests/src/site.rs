@@ -42,6 +42,7 @@ impl Site {
             return None;
         }
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        kernel::spawn::keep_descriptors().expect("close_range");
         kernel::spawn::become_subreaper(true).expect("prctl(PR_SET_CHILD_SUBREAPER)");
         let dir =
             tempfile::Builder::new().prefix("postcopy-test-").tempdir().expect("a directory for the test");
