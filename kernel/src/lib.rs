@@ -7,6 +7,7 @@
 //! - [`uffd`]: read events, install, zero, wake, poison, register
 //! - [`pidfd`]: hold a process, signal it, take a descriptor from it
 //! - [`fds`]: descriptors over a unix socket
+//! - [`poll`]: wait for a set that keeps its memory
 //! - [`sched`]: how soon a thread gets the processor
 //! - [`spawn`]: what a child needs between `fork` and `exec`
 //! - [`stack`]: a thread with its stack pointer where a test wants it
@@ -18,6 +19,7 @@ pub mod arena;
 pub mod fds;
 pub mod holder;
 pub mod pidfd;
+pub mod poll;
 pub mod sched;
 pub mod spawn;
 pub mod stack;

@@ -67,21 +67,57 @@ pub fn set_notsent_lowat(socket: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
 pub fn unheard_for(socket: BorrowedFd<'_>) -> io::Result<Option<Duration>> {
     // SAFETY: tcp_info is a plain struct of integers, for which zeroes are a valid value.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut len = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).unwrap_or(0);
-    // SAFETY: the descriptor is open; info and len are exclusively borrowed and len is info's size; a kernel with
-    // a longer struct writes no more than that.
+    info_into(socket, &mut info)?;
+    let in_flight = info.tcpi_unacked > 0;
+    Ok(in_flight.then(|| Duration::from_millis(u64::from(info.tcpi_last_ack_recv))))
+}
+
+/// Has the kernel fill a beginning of its `struct tcp_info`; `T` consists of integers only.
+fn info_into<T>(socket: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
+    let mut len = libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0);
+    // SAFETY: the descriptor is open; info and len are exclusively borrowed and len is info's size, of which the
+    // kernel writes no more; any bytes are valid integers.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::IPPROTO_TCP,
             libc::TCP_INFO,
-            std::ptr::from_mut(&mut info).cast(),
+            std::ptr::from_mut(info).cast(),
             &raw mut len,
         )
     };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let in_flight = info.tcpi_unacked > 0;
-    Ok(in_flight.then(|| Duration::from_millis(u64::from(info.tcpi_last_ack_recv))))
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What TCP knows of the way to the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Shortest round trip of late: without the queues that we fill ourselves.
+    pub min_rtt: Duration,
+    /// Bytes per second that arrived last time data was acknowledged; 0 before.
+    pub delivery_rate: u64,
+}
+
+/// The beginning of `struct tcp_info` (linux/tcp.h) as far as [`path`] reads it; libc's ends before.
+#[repr(C)]
+struct TcpInfo {
+    before: [u8; 148],
+    min_rtt_us: u32,
+    between: [u8; 8],
+    delivery_rate: u64,
+}
+
+const _: () = assert!(std::mem::offset_of!(TcpInfo, min_rtt_us) == 148);
+const _: () = assert!(std::mem::offset_of!(TcpInfo, delivery_rate) == 160);
+
+/// What TCP knows of the way to the peer; `None` before it was acknowledged anything, or from a kernel before 4.9.
+///
+/// # Errors
+/// `EOPNOTSUPP` if it is no TCP socket.
+pub fn path(socket: BorrowedFd<'_>) -> io::Result<Option<Path>> {
+    let mut info = TcpInfo { before: [0; 148], min_rtt_us: u32::MAX, between: [0; 8], delivery_rate: 0 };
+    info_into(socket, &mut info)?;
+    let known = info.min_rtt_us < u32::MAX;
+    let min_rtt = Duration::from_micros(u64::from(info.min_rtt_us));
+    Ok(known.then_some(Path { min_rtt, delivery_rate: info.delivery_rate }))
 }

@@ -47,3 +47,12 @@ pub const FAULTS_REMEMBERED: Duration = Duration::from_millis(100);
 pub const SLICE_NS: u64 = 100_000;
 /// How often a push lane without acknowledgements is checked for a peer that is gone.
 pub const LANE_LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// How long an answer to a fault may wait on the link behind the push; a push that queues nothing at all would
+/// leave the link idle whenever its thread is late.
+pub const PUSH_QUEUE: Duration = Duration::from_micros(500);
+/// Least of the push that may be on its way: two of the largest segments that the kernel makes.
+pub const PUSH_WINDOW_MIN: usize = 128 << 10;
+/// Most of it: 10 Gbit/s over 10 ms.
+pub const PUSH_WINDOW_MAX: usize = 16 << 20;
+/// After how many bytes the window follows what the kernel has measured.
+pub const PUSH_WINDOW_INTERVAL: u64 = 1 << 20;

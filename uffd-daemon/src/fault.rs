@@ -17,14 +17,15 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use host::mailbox::{Mailbox, Post};
+use kernel::poll::PollSet;
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
 
-use crate::inflight::{Asked, InFlight, Waiter};
+use crate::inflight::{Asked, InFlight, Purpose, Waiter};
 use crate::keeper::KeeperHandle;
 use crate::limits;
-use crate::pages::{Arrival, Blocked, Origin, Resolution, SpaceId};
+use crate::pages::{Arrival, Blocked, Resolution, SpaceId};
+use crate::prefetch::{Ahead, Streams};
 use crate::tree::{TaskFamily, Tree};
 use crate::upstream::{Upstream, UpstreamError};
 
@@ -74,6 +75,9 @@ struct Served {
     uffd: Arc<Uffd>,
 }
 
+/// Where in the polled set the commands are.
+const COMMANDS: usize = 0;
+
 /// Pages that could not be installed yet.
 struct Deferred {
     asked: Asked,
@@ -87,8 +91,13 @@ pub struct FaultLoop<U> {
     upstream: Option<U>,
     served: Vec<Served>,
     in_flight: InFlight,
+    /// By family.
+    streams: Vec<Streams>,
+    /// What answers left out and may be needed.
+    ask_again: Vec<(usize, Ahead)>,
     deferred: Vec<Deferred>,
     zeroes: Vec<(usize, TaskAddr)>,
+    polled: PollSet,
     events: EventBuffer,
     commands: Mailbox<Command>,
     notices: Post<Notice>,
@@ -115,12 +124,15 @@ impl<U: Upstream> FaultLoop<U> {
         latency: LatencyHistogram,
     ) -> Self {
         Self {
+            streams: vec![Streams::default(); tree.len()],
             tree,
             upstream: Some(upstream),
             served: Vec::new(),
             in_flight: InFlight::default(),
+            ask_again: Vec::new(),
             deferred: Vec::new(),
             zeroes: Vec::new(),
+            polled: PollSet::default(),
             events: EventBuffer::default(),
             commands,
             notices,
@@ -153,7 +165,10 @@ impl<U: Upstream> FaultLoop<U> {
             if ready.command && self.obey() {
                 return self.upstream;
             }
-            for position in ready.uffds {
+            for position in 0..ready.uffds {
+                if !self.polled.is_ready(ready.first_uffd + position) {
+                    continue;
+                }
                 if let Err(error) = self.read_events(position) {
                     self.notify(Notice::Broken(format!("read from a userfaultfd failed: {error}")));
                 }
@@ -170,32 +185,32 @@ impl<U: Upstream> FaultLoop<U> {
         self.notices.send(notice);
     }
 
-    fn wait(&self) -> nix::Result<Ready> {
-        let mut fds = Vec::with_capacity(self.served.len() + 2);
-        fds.push(PollFd::new(self.commands.as_fd(), PollFlags::POLLIN));
-        let upstream = self.upstream.as_ref().and_then(|u| u.fd().map(|fd| (fd, u.wants_write())));
-        if let Some((fd, wants_write)) = upstream {
-            let write = if wants_write { PollFlags::POLLOUT } else { PollFlags::empty() };
-            fds.push(PollFd::new(fd, PollFlags::POLLIN | write));
+    /// Waits for something to do; the positions in the set are those of [`COMMANDS`], of the upstream if it has a
+    /// descriptor, and of everybody served.
+    fn wait(&mut self) -> io::Result<Ready> {
+        self.polled.clear();
+        self.polled.add(self.commands.as_fd(), false);
+        let upstream =
+            self.upstream.as_ref().and_then(|upstream| Some((upstream.fd()?, upstream.wants_write())));
+        let upstream = upstream.map(|(fd, wants_write)| self.polled.add(fd, wants_write));
+        let mut first_uffd = None;
+        for served in &self.served {
+            let position = self.polled.add(served.uffd.as_fd(), false);
+            first_uffd.get_or_insert(position);
         }
-        let first_uffd = fds.len();
-        fds.extend(self.served.iter().map(|s| PollFd::new(s.uffd.as_fd(), PollFlags::POLLIN)));
         let timeout = if self.has_work() {
-            PollTimeout::ZERO
+            Duration::ZERO
         } else if !self.deferred.is_empty() || !self.zeroes.is_empty() {
-            PollTimeout::from(1u8)
+            Duration::from_millis(1)
         } else {
-            PollTimeout::try_from(limits::LIVENESS_INTERVAL).unwrap_or(PollTimeout::MAX)
+            limits::LIVENESS_INTERVAL
         };
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(error) => return Err(error),
-        }
-        let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        self.polled.wait(timeout)?;
         Ok(Ready {
-            command: ready(&fds[0]),
-            upstream: upstream.is_none() || ready(&fds[1]),
-            uffds: (first_uffd..fds.len()).filter(|i| ready(&fds[*i])).map(|i| i - first_uffd).collect(),
+            command: self.polled.is_ready(COMMANDS),
+            upstream: upstream.is_none_or(|position| self.polled.is_ready(position)),
+            first_uffd: first_uffd.unwrap_or(0),
+            uffds: self.served.len(),
         })
     }
 
@@ -232,6 +247,8 @@ impl<U: Upstream> FaultLoop<U> {
         let mut guard = tree.lock(family);
         let mut asks: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
         let mut asked = 0;
+        let mut waited: [Option<u64>; kernel::uffd::EVENTS_PER_READ] = [None; _];
+        let mut waits = 0;
         let mut children = Vec::new();
         let mut zeroes: [TaskAddr; kernel::uffd::EVENTS_PER_READ] = [TaskAddr::default(); _];
         let mut zeroed = 0;
@@ -239,12 +256,17 @@ impl<U: Upstream> FaultLoop<U> {
         uffd.read(&mut self.events, |event| match event {
             Event::Fault { address } => {
                 let at = TaskAddr::containing(address);
-                match guard.fault(space, at) {
+                let resolution = guard.fault(space, at);
+                if let Resolution::Ask(index) | Resolution::Asked(index) = resolution {
+                    waited[waits] = Some(index);
+                    waits += 1;
+                }
+                match resolution {
                     Resolution::Ask(index) => {
                         asks[asked] = Some((index, at));
                         asked += 1;
                     }
-                    Resolution::Asked => {}
+                    Resolution::Asked(_) => {}
                     Resolution::Zero => {
                         zeroes[zeroed] = at;
                         zeroed += 1;
@@ -283,7 +305,7 @@ impl<U: Upstream> FaultLoop<U> {
             let Some((addr, _)) = guard.map().locate(guard.map().first + index) else { continue };
             let Some(run) = PageRun::new(addr, 1) else { continue };
             let waiter = Some(Waiter { space, at: *at });
-            let asked = Asked { family, first: *index, pages: 1, origin: Origin::Demand, waiter, at: now };
+            let asked = Asked { family, first: *index, pages: 1, purpose: Purpose::Demand, waiter, at: now };
             let id = self.in_flight.insert(asked);
             if let Some(upstream) = self.upstream.as_mut() {
                 if let Err(error) = upstream.ask(id, task, run) {
@@ -293,12 +315,34 @@ impl<U: Upstream> FaultLoop<U> {
                 }
             }
         }
+        let ahead = waited.iter().flatten().try_for_each(|index| self.prefetch(&mut guard, family, *index));
         drop(guard);
+        if let Err(error) = ahead {
+            self.lose_upstream(&error);
+            return Ok(());
+        }
         self.publish_demand();
         if let Some(kind) = unknown {
             self.notify(Notice::Broken(format!("the kernel sent an unknown userfaultfd event {kind:#x}")));
         }
         Ok(())
+    }
+
+    /// Asks for what the thread that waits for page `index` will need next; where nobody pushes, the background
+    /// does without: it shares its connection with the faults.
+    fn prefetch(
+        &mut self,
+        family: &mut TaskFamily,
+        position: usize,
+        index: u64,
+    ) -> Result<(), UpstreamError> {
+        let Some(upstream) = self.upstream.as_mut().filter(|upstream| upstream.background().is_none()) else {
+            return Ok(());
+        };
+        match self.streams.get_mut(position).and_then(|streams| streams.fault(index)) {
+            Some(ahead) => ask_ahead(upstream, &mut self.in_flight, family, position, ahead),
+            None => Ok(()),
+        }
     }
 
     fn publish_demand(&self) {
@@ -356,6 +400,10 @@ impl<U: Upstream> FaultLoop<U> {
             })?;
             result?;
         }
+        let tree = self.tree.clone();
+        for (position, ahead) in self.ask_again.drain(..) {
+            ask_ahead(upstream, &mut self.in_flight, &mut tree.lock(position), position, ahead)?;
+        }
         self.ask_background(upstream)?;
         upstream.flush()
     }
@@ -382,7 +430,7 @@ impl<U: Upstream> FaultLoop<U> {
                 family: position,
                 first,
                 pages: run.pages,
-                origin: Origin::Push,
+                purpose: Purpose::Background,
                 waiter: None,
                 at: Instant::now(),
             };
@@ -395,7 +443,7 @@ impl<U: Upstream> FaultLoop<U> {
     fn answered(&mut self, id: u64, data: &[u8]) -> Result<(), UpstreamError> {
         let unasked = || UpstreamError::Protocol(format!("answer {id:#x} was not asked for"));
         let asked = self.in_flight.remove(id).ok_or_else(unasked)?;
-        if asked.origin == Origin::Push {
+        if asked.purpose == Purpose::Background {
             self.background_pages -= asked.pages;
         }
         let pages = (data.len() / PAGE_SIZE) as u64;
@@ -422,18 +470,24 @@ impl<U: Upstream> FaultLoop<U> {
         let mut family = self.tree.lock(asked.family);
         let (from, end) = (asked.first + delivered, asked.first + asked.pages);
         family.not_asked(from, end);
-        if asked.origin == Origin::Push {
+        if asked.purpose == Purpose::Background {
             self.cursor = self.cursor.min((asked.family, from));
             return Ok(());
         }
-        let Some(waiter) = asked.waiter else { return Ok(()) };
-        if family.space(waiter.space).is_some_and(|space| space.is_remote(from)) {
-            let what = format!("page {} of task {} was refused but is missing", waiter.at, family.task());
+        if family.is_missing(from, from + 1) {
+            let what = format!("page {from} of task {} was refused but is missing", family.task());
             return Err(UpstreamError::Protocol(what));
+        }
+        // Only the first that was left out is known to be settled, and somebody may wait for one behind it.
+        let behind = Ahead { first: from + 1, stride: 1, pages: end - from - 1 };
+        if behind.pages > 0 {
+            self.ask_again.push((asked.family, behind));
         }
         drop(family);
         self.maybe_settled = true;
-        self.wake_waiter(asked.family, waiter);
+        if let Some(waiter) = asked.waiter {
+            self.wake_waiter(asked.family, waiter);
+        }
         Ok(())
     }
 
@@ -455,7 +509,7 @@ impl<U: Upstream> FaultLoop<U> {
         let slice = limits::INSTALL_SLICE_PAGES * PAGE_SIZE;
         for (i, part) in data.chunks(slice).enumerate() {
             let first = asked.first + (i * limits::INSTALL_SLICE_PAGES) as u64;
-            match family.arrived(first, part, asked.origin) {
+            match family.arrived(first, part, asked.purpose.origin()) {
                 Ok(Arrival::Settled) => {}
                 Ok(Arrival::Blocked(why)) => return Err(why),
                 Err(error) => {
@@ -467,7 +521,7 @@ impl<U: Upstream> FaultLoop<U> {
         }
         let complete = family.remote_pages() == 0;
         drop(family);
-        if asked.origin == Origin::Demand {
+        if asked.purpose == Purpose::Demand {
             self.record(asked.at.elapsed());
         }
         self.maybe_settled |= complete;
@@ -503,7 +557,7 @@ impl<U: Upstream> FaultLoop<U> {
             // The event that was in the way may have moved content here.
             let result = match family.fault(space, at) {
                 Resolution::Zero => self.zero(&mut family, position, space, at),
-                Resolution::Asked => Ok(()),
+                Resolution::Asked(_) => Ok(()),
                 Resolution::Ask(index) => {
                     family.not_asked(index, index + 1);
                     self.served[position].uffd.wake(at.get(), PAGE_BYTES)
@@ -556,6 +610,26 @@ impl<U: Upstream> FaultLoop<U> {
     }
 }
 
+/// Asks for those of these pages that are missing and were not asked for.
+fn ask_ahead(
+    upstream: &mut impl Upstream,
+    in_flight: &mut InFlight,
+    family: &mut TaskFamily,
+    position: usize,
+    ahead: Ahead,
+) -> Result<(), UpstreamError> {
+    let (task, at) = (family.task(), Instant::now());
+    let mut result = Ok(());
+    family.ask_ahead(ahead, |first, run| {
+        let purpose = Purpose::Prefetch;
+        let asked = Asked { family: position, first, pages: run.pages, purpose, waiter: None, at };
+        if result.is_ok() {
+            result = upstream.ask(in_flight.insert(asked), task, run);
+        }
+    });
+    result
+}
+
 /// Wakes a range; the only failures are an empty range and an address space that is gone.
 fn wake(uffd: &Uffd, at: TaskAddr, bytes: u64) {
     let _ = uffd.wake(at.get(), bytes);
@@ -564,5 +638,7 @@ fn wake(uffd: &Uffd, at: TaskAddr, bytes: u64) {
 struct Ready {
     command: bool,
     upstream: bool,
-    uffds: Vec<usize>,
+    /// Where in the set the first userfaultfd is, and how many there are.
+    first_uffd: usize,
+    uffds: usize,
 }

@@ -6,6 +6,28 @@ use protocol::units::TaskAddr;
 
 use crate::pages::{Origin, SpaceId};
 
+/// Why a question was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A thread waits.
+    Demand,
+    /// A thread will need it soon.
+    Prefetch,
+    /// Nobody pushes, so it is fetched some time.
+    Background,
+}
+
+impl Purpose {
+    /// How the pages of the answer count.
+    #[must_use]
+    pub const fn origin(self) -> Origin {
+        match self {
+            Self::Demand => Origin::Demand,
+            Self::Prefetch | Self::Background => Origin::Push,
+        }
+    }
+}
+
 /// Who waits for an answer.
 #[derive(Clone, Copy, Debug)]
 pub struct Waiter {
@@ -24,8 +46,8 @@ pub struct Asked {
     pub first: u64,
     /// Number of pages.
     pub pages: u64,
-    /// A fault, or the background.
-    pub origin: Origin,
+    /// What for.
+    pub purpose: Purpose,
     /// Who waits, for a fault.
     pub waiter: Option<Waiter>,
     /// When the fault was read.
@@ -44,7 +66,7 @@ pub struct InFlight {
 impl InFlight {
     /// Takes a question in and numbers it.
     pub fn insert(&mut self, asked: Asked) -> u64 {
-        self.demands += u32::from(asked.origin == Origin::Demand);
+        self.demands += u32::from(asked.purpose == Purpose::Demand);
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push((0, None));
             u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
@@ -64,7 +86,7 @@ impl InFlight {
         }
         let asked = place.take()?;
         self.free.push(slot);
-        self.demands -= u32::from(asked.origin == Origin::Demand);
+        self.demands -= u32::from(asked.purpose == Purpose::Demand);
         Some(asked)
     }
 
@@ -87,8 +109,14 @@ mod tests {
 
     #[test]
     fn a_number_is_good_once() {
-        let asked =
-            Asked { family: 0, first: 1, pages: 1, origin: Origin::Demand, waiter: None, at: Instant::now() };
+        let asked = Asked {
+            family: 0,
+            first: 1,
+            pages: 1,
+            purpose: Purpose::Demand,
+            waiter: None,
+            at: Instant::now(),
+        };
         let mut flight = InFlight::default();
         let first = flight.insert(asked);
         assert_eq!(flight.demands(), 1);

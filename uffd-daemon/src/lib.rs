@@ -6,7 +6,7 @@
 //! - [`lazy_pages`]: the drop-in for `criu lazy-pages`
 //! - [`preflight`], [`restore`], [`barrier`], [`pidns`], [`handover`]: bringing the tree up, held back
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
-//! - [`fault`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
+//! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
 //! - [`steering`]: where the threads of both run
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies
 #![forbid(unsafe_code)]
@@ -22,6 +22,7 @@ pub mod lazy_pages;
 pub mod limits;
 pub mod pages;
 pub mod pidns;
+pub mod prefetch;
 pub mod preflight;
 pub mod push;
 pub mod restore;

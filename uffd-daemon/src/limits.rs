@@ -33,3 +33,12 @@ pub const STEERED_THREADS: usize = 32;
 /// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
 /// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
 pub const SLICE_NS: u64 = 100_000;
+/// Streams of faults at equal distances that are told apart in a family: two for each of sixteen threads.
+pub const STREAMS: usize = 32;
+/// Largest step of a stream in pages: 1 MiB. Farther apart, faults are strangers.
+pub const STREAM_STEP_MAX: u64 = 256;
+/// Pages that are asked for ahead once a stream is proven.
+pub const PREFETCH_START_PAGES: u64 = 4;
+/// Most pages asked for ahead at a time: 32 take about 75 us on the fault lane, which is the longest that the
+/// fault of another thread waits for them.
+pub const PREFETCH_PAGES: u64 = 32;

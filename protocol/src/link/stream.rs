@@ -15,9 +15,11 @@ use crate::wire::hello::{
 };
 use crate::wire::limits;
 
-/// Send and receive buffer of a push lane: enough for a link with a few milliseconds of delay at 10 Gbit/s;
-/// the kernel's own tuning stops far below on loopback.
-const PUSH_BUFFER: usize = 4 << 20;
+/// Receive buffer of a push lane on a short link. What waits there is on its way for a thread that needs it: it is
+/// asked for again. The kernel's own tuning stops far below on loopback, and is right for a long link.
+const PUSH_BUFFER: usize = 1 << 20;
+/// Round trip up to which a link is short: 1 MiB is what 10 Gbit/s carry meanwhile.
+const SHORT_LINK: Duration = Duration::from_micros(800);
 
 /// A connected stream of one role.
 #[derive(Debug)]
@@ -140,10 +142,7 @@ impl Stream {
     /// # Errors
     /// The errno of `send(2)`.
     pub fn send_all(&self, bytes: &[u8], more: bool) -> io::Result<()> {
-        let mut flags = MsgFlags::MSG_NOSIGNAL;
-        if more {
-            flags |= MsgFlags::from_bits_retain(nix::libc::MSG_MORE);
-        }
+        let flags = sending(more);
         let mut rest = bytes;
         while !rest.is_empty() {
             match send(self.as_fd().as_raw_fd(), rest, flags) {
@@ -156,24 +155,26 @@ impl Stream {
         Ok(())
     }
 
-    /// Sends `head` and then `body` in one call where the kernel takes both.
+    /// Sends `head` and then `body` in one call where the kernel takes both; with `more`, it may wait for what
+    /// follows.
     ///
     /// # Errors
     /// The errno of `sendmsg(2)`.
-    pub fn send_both(&self, head: &[u8], body: &[u8]) -> io::Result<()> {
+    pub fn send_both(&self, head: &[u8], body: &[u8], more: bool) -> io::Result<()> {
+        let flags = sending(more);
         let slices = [IoSlice::new(head), IoSlice::new(body)];
         let sent = loop {
             let fd = self.as_fd().as_raw_fd();
-            match sendmsg::<SockaddrStorage>(fd, &slices, &[], MsgFlags::MSG_NOSIGNAL, None) {
+            match sendmsg::<SockaddrStorage>(fd, &slices, &[], flags, None) {
                 Err(nix::Error::EINTR) => {}
                 other => break other?,
             }
         };
         match sent.checked_sub(head.len()) {
-            Some(of_body) => self.send_all(&body[of_body..], false),
+            Some(of_body) => self.send_all(&body[of_body..], more),
             None => {
                 self.send_all(&head[sent..], true)?;
-                self.send_all(body, false)
+                self.send_all(body, more)
             }
         }
     }
@@ -228,7 +229,8 @@ impl Stream {
 
     fn tune(&self, role: Role) -> io::Result<()> {
         let socket = SockRef::from(self);
-        if role == Role::Push {
+        let path = kernel::tcp::path(self.as_fd()).ok().flatten();
+        if role == Role::Push && path.is_none_or(|path| path.min_rtt < SHORT_LINK) {
             // Refused values are clamped by the kernel, not errors.
             socket.set_send_buffer_size(PUSH_BUFFER)?;
             socket.set_recv_buffer_size(PUSH_BUFFER)?;
@@ -250,6 +252,11 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+fn sending(more: bool) -> MsgFlags {
+    let more = if more { MsgFlags::from_bits_retain(nix::libc::MSG_MORE) } else { MsgFlags::empty() };
+    MsgFlags::MSG_NOSIGNAL | more
 }
 
 impl Write for &Stream {

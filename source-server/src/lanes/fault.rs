@@ -43,7 +43,9 @@ pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             if frame.kind != Kind::Demand {
                 return Err(unexpected(frame.kind).into());
             }
-            answer(lanes, lane, &mut scratch, &mut page, &frame)?;
+            // The first is what a thread waits for; those behind it, mostly asked for ahead, may travel together.
+            let more = used > 0 && filled - used >= 2 * RUN_HEADER_LEN;
+            answer(lanes, lane, &mut scratch, &mut page, &frame, more)?;
             used += RUN_HEADER_LEN;
         }
         lanes.fault_served.store(false, Ordering::Relaxed);
@@ -71,6 +73,7 @@ fn answer(
     scratch: &mut Scratch,
     page: &mut Vec<u8>,
     demand: &RunFrame,
+    more: bool,
 ) -> Result<(), LaneError> {
     let broken = LaneError::io("fault");
     let first = index_of(&lanes.map, &demand.what)?;
@@ -87,14 +90,15 @@ fn answer(
     let Some(run) = PageRun::new(demand.what.run.start, pages) else {
         // Acknowledged and freed: the page is there, whoever waits only has to look again.
         let head = demand.what.frame(Kind::Settled, demand.id, 0);
-        lane.send_all(&head, false).map_err(broken)?;
+        lane.send_all(&head, more).map_err(broken)?;
         lanes.fault_bytes.fetch_add(head.len() as u64, Ordering::Relaxed);
         return Ok(());
     };
     let data = &page[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
     let head = TaskRun { task, run }.frame(Kind::Pages, demand.id, data.len());
-    lane.send_both(&head, data).map_err(broken)?;
+    lane.send_both(&head, data, more).map_err(broken)?;
     lanes.ledger().sent(first, pages);
+    lanes.want(first + pages);
     lanes.fault_bytes.fetch_add((head.len() + data.len()) as u64, Ordering::Relaxed);
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! The source's end of a session's lanes: one thread each.
 
 mod fault;
+mod order;
 mod push;
+mod window;
 
 pub use fault::serve_faults;
 pub use push::{Pace, acknowledgements, push};
@@ -26,6 +28,8 @@ pub struct Lanes {
     pub ledger: Mutex<Ledger>,
     /// A fault is being served: the push lets it pass.
     pub fault_served: AtomicBool,
+    /// The chunk of the last fault, and one more; zero once the push has taken note.
+    wanted: AtomicU64,
     /// The processor that serves faults, and when it last did, in milliseconds since `began`.
     served_on: AtomicUsize,
     served_at: AtomicU64,
@@ -48,6 +52,7 @@ impl Lanes {
             store,
             ledger,
             fault_served: AtomicBool::new(false),
+            wanted: AtomicU64::new(0),
             served_on: AtomicUsize::new(usize::MAX),
             served_at: AtomicU64::new(0),
             began: Instant::now(),
@@ -55,6 +60,20 @@ impl Lanes {
             fault_bytes: AtomicU64::new(0),
             push_bytes: AtomicU64::new(0),
         })
+    }
+
+    /// Has the push go on at the page with this index.
+    fn want(&self, index: u64) {
+        self.wanted.store(index / self.store.chunk_pages() + 1, Ordering::Relaxed);
+    }
+
+    /// The chunk where faults were served since the last call.
+    fn take_wanted(&self) -> Option<u64> {
+        // Mostly nothing is there, and a load leaves the line where it is.
+        if self.wanted.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        self.wanted.swap(0, Ordering::Relaxed).checked_sub(1)
     }
 
     /// Notes that faults were served on `cpu`.

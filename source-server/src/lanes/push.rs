@@ -13,6 +13,8 @@ use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, decode_ack};
 use protocol::wire::limits::DEAD_LINK_AFTER;
 
+use super::order::Order;
+use super::window::Window;
 use super::{LaneError, Lanes};
 use crate::ledger::index_of;
 use crate::limits::{self, PUSH_FRAME_PAGES};
@@ -53,7 +55,7 @@ impl FromStr for Pace {
     }
 }
 
-/// Pushes every page that nobody has sent yet, chunk by chunk, once.
+/// Pushes every page that nobody has sent yet, chunk by chunk, once, going on from where the last fault was.
 ///
 /// # Errors
 /// [`LaneError`].
@@ -65,13 +67,15 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         tracing::debug!("no short time slice for the push: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
-    let chunks = lanes.ledger().chunks();
+    let mut order = Order::new(lanes.ledger().chunks());
+    let mut window = Window::default();
+    let mut unlooked = 0;
     let mut runs = Vec::new();
     let mut id = 0;
     let mut throttle = Throttle { pace, began: Instant::now(), sent: 0 };
     let allowed = Processors::allowed().ok();
     let mut avoided = None;
-    for chunk in 0..chunks {
+    while let Some(chunk) = order.next(lanes.take_wanted()) {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -96,6 +100,11 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         let bytes = pages_to_bytes(pages) + (runs.len() * RUN_HEADER_LEN) as u64;
         lanes.push_bytes.fetch_add(bytes, Ordering::Relaxed);
         throttle.spent(bytes, &lanes.stop);
+        unlooked += bytes;
+        if unlooked >= limits::PUSH_WINDOW_INTERVAL {
+            unlooked = 0;
+            window.follow(lane);
+        }
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use protocol::wire::frame::TaskRun;
 
 use super::installer::Installer;
 use super::space::{Space, Stretch};
+use crate::prefetch::Ahead;
 
 /// How a page came; each lazy page counts once, by its first arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,8 +31,8 @@ pub struct SpaceId(usize);
 pub enum Resolution {
     /// The page with this index must be asked for.
     Ask(u64),
-    /// It was asked for already; its arrival wakes this thread too.
-    Asked,
+    /// The page with this index was asked for already; its arrival wakes this thread too.
+    Asked(u64),
     /// It has no content: a zero page.
     Zero,
 }
@@ -121,6 +122,12 @@ impl<I: Installer> Family<I> {
         self.spaces().map(Space::remote_pages).sum()
     }
 
+    /// Whether some space misses a page of `first..end`.
+    #[must_use]
+    pub fn is_missing(&self, first: u64, end: u64) -> bool {
+        self.spaces().any(|space| space.remote_in(first, end).is_some())
+    }
+
     /// A space of this family, if it is still there.
     #[must_use]
     pub fn space(&self, id: SpaceId) -> Option<&Space> {
@@ -132,7 +139,7 @@ impl<I: Installer> Family<I> {
         let Some(index) = self.space(id).and_then(|space| space.remote_at(at)) else {
             return Resolution::Zero;
         };
-        if self.asked.set(index) { Resolution::Ask(index) } else { Resolution::Asked }
+        if self.asked.set(index) { Resolution::Ask(index) } else { Resolution::Asked(index) }
     }
 
     /// The task dropped the content of a range; who waits there must look again.
@@ -262,6 +269,42 @@ impl<I: Installer> Family<I> {
             let pages = (free - missing.first).min(follow).min(most);
             self.asked.set_range(missing.first, missing.first + pages);
             return Some((missing.first, PageRun::new(addr, pages)?));
+        }
+    }
+
+    /// Hands the pages that are worth asking for ahead (missing somewhere, not asked for) to `each`, with the index
+    /// of the first, run by run; they are marked as asked for.
+    pub fn ask_ahead(&mut self, ahead: Ahead, mut each: impl FnMut(u64, PageRun)) {
+        let mut open: Option<(u64, u64)> = None;
+        let mut index = ahead.first;
+        for _ in 0..ahead.pages {
+            if index >= self.map.pages {
+                break;
+            }
+            let missing = self.spaces().any(|space| space.is_remote(index));
+            if missing && self.asked.set(index) {
+                open = match open {
+                    Some((first, pages)) if first + pages == index => Some((first, pages + 1)),
+                    before => {
+                        self.runs_of(before, &mut each);
+                        Some((index, 1))
+                    }
+                };
+            }
+            let Some(next) = index.checked_add_signed(ahead.stride) else { break };
+            index = next;
+        }
+        self.runs_of(open, &mut each);
+    }
+
+    /// The runs that make up the pages from an index on.
+    fn runs_of(&self, pages: Option<(u64, u64)>, each: &mut impl FnMut(u64, PageRun)) {
+        let Some((mut first, mut left)) = pages else { return };
+        while let Some((addr, follow)) = self.map.locate(self.map.first + first) {
+            let Some(run) = PageRun::new(addr, left.min(follow)) else { return };
+            each(first, run);
+            first += run.pages;
+            left -= run.pages;
         }
     }
 
@@ -399,7 +442,7 @@ mod tests {
         let kernel = Model::default();
         let root = family.restored(kernel.clone());
         assert_eq!(family.fault(root, addr(17)), Resolution::Ask(1));
-        assert_eq!(family.fault(root, addr(17)), Resolution::Asked);
+        assert_eq!(family.fault(root, addr(17)), Resolution::Asked(1));
         assert_eq!(family.fault(root, addr(99)), Resolution::Zero);
         assert_eq!(family.arrived(1, &data(1..2), Origin::Demand).unwrap(), Arrival::Settled);
         family.announced(0, 3);
