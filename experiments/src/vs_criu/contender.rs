@@ -21,6 +21,8 @@ const FAULT_FLOOR_NS: u64 = 3_000;
 const MOVED_GAP_MS: u64 = 8;
 /// Nothing in a run takes longer.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// A move that takes longer is cut: what was read until then counts, and the last page as at least this.
+const MOVE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Who moves the workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,16 +91,18 @@ pub(super) struct Row {
     pub(super) destination_peak_mib: f64,
     /// Blackout of the tool less CRIU's dump and restore; ours only.
     pub(super) own_share_ms: Option<f64>,
+    /// Whether it was cut before the last page; then processor time is not a number.
+    pub(super) cut: bool,
 }
 
 pub(super) const CSV_HEADER: &str = "contender,mib,load,run,faults,mean_us,p50_us,p90_us,p99_us,p99_9_us,max_us,\
-     last_page_ms,blackout_ms,source_cpu_s_per_gib,destination_cpu_s_per_gib,source_peak_mib,destination_peak_mib";
+     last_page_ms,blackout_ms,source_cpu_s_per_gib,destination_cpu_s_per_gib,source_peak_mib,destination_peak_mib,cut";
 
 impl Row {
     pub(super) fn csv(&self) -> String {
         let l = &self.latency;
         format!(
-            "{},{},{},{},{},{:.1},{:.1},{:.1},{:.1},{:.1},{:.1},{:.1},{:.1},{:.3},{:.3},{:.1},{:.1}",
+            "{},{},{},{},{},{:.1},{:.1},{:.1},{:.1},{:.1},{:.1},{:.1},{:.1},{:.3},{:.3},{:.1},{:.1},{}",
             self.contender.name(),
             self.mib,
             self.load.name(),
@@ -115,18 +119,20 @@ impl Row {
             self.source_cpu_s_per_gib,
             self.destination_cpu_s_per_gib,
             self.source_peak_mib,
-            self.destination_peak_mib
+            self.destination_peak_mib,
+            self.cut
         )
     }
 
     pub(super) fn in_words(&self) -> String {
         format!(
-            "{:<4} {:>4} MiB {:<12} run {}: {}; last page {:.0} ms, blackout {:.0} ms",
+            "{:<4} {:>4} MiB {:<12} run {}: {}; last page {}{:.0} ms, blackout {:.0} ms",
             self.contender.name(),
             self.mib,
             self.load.name(),
             self.run,
             self.latency,
+            if self.cut { "not before " } else { "" },
             self.last_page_ms,
             self.blackout_ms
         )
@@ -187,9 +193,9 @@ impl Tool {
     }
 }
 
-/// Waits for the good end of both.
-fn wait_both(source: &mut Tool, destination: &mut Tool) -> anyhow::Result<(Used, Used)> {
-    let deadline = Instant::now() + PATIENCE;
+/// Waits for the good end of both; `true` if it did not come within [`MOVE_LIMIT`].
+fn wait_both(source: &mut Tool, destination: &mut Tool) -> anyhow::Result<(Used, Used, bool)> {
+    let deadline = Instant::now() + MOVE_LIMIT;
     let (mut peaks, mut used) = ([0, 0], [None, None]);
     loop {
         for (i, tool) in [&mut *source, &mut *destination].into_iter().enumerate() {
@@ -198,11 +204,17 @@ fn wait_both(source: &mut Tool, destination: &mut Tool) -> anyhow::Result<(Used,
             }
         }
         match used {
-            [Some(source), Some(destination)] => return Ok((source, destination)),
+            [Some(source), Some(destination)] => return Ok((source, destination, false)),
             waiting => used = waiting,
         }
-        let late = if used[0].is_none() { &*source } else { &*destination };
-        ensure!(Instant::now() < deadline, "{} does not end: {}", late.name, late.said());
+        if Instant::now() >= deadline {
+            let [source, destination] = peaks.map(|peak_kib| Used {
+                cpu_s: f64::NAN,
+                peak_mib: f64::from(peak_kib) / 1024.0,
+                ended_ns: wall_ns(),
+            });
+            return Ok((source, destination, true));
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -234,8 +246,9 @@ struct Moved {
     source: Used,
     destination: Used,
     own_share_ms: Option<f64>,
+    cut: bool,
     /// Kept as long as the workload must live.
-    _namespace: Option<Tool>,
+    _kept: Vec<Tool>,
 }
 
 /// One run.
@@ -261,12 +274,14 @@ pub(super) fn measure(
         Contender::Criu => stock(setting, &workload, path, mib)?,
     };
     let summary = match load {
+        Load::Idle if moved.cut => workload.quit(PATIENCE)?,
         // Reads every page, so that the data is checked.
         Load::Idle => {
             workload.go()?;
             workload.wait_done(PATIENCE)?
         }
         Load::Paced => workload.quit(PATIENCE)?,
+        Load::BackToBack if moved.cut => workload.quit(PATIENCE)?,
         Load::BackToBack => workload.wait_done(PATIENCE)?,
     };
     ensure!(summary.wrong == 0, "{} of {} pages are wrong", summary.wrong, summary.pages);
@@ -291,6 +306,7 @@ pub(super) fn measure(
         source_peak_mib: moved.source.peak_mib,
         destination_peak_mib: moved.destination.peak_mib,
         own_share_ms: moved.own_share_ms,
+        cut: moved.cut,
     })
 }
 
@@ -305,11 +321,12 @@ fn ours(setting: &Setting, workload: &Handle, dir: &Path, mib: usize) -> anyhow:
     start.args(["move", "--pid", &workload.pid().to_string(), "--to", &address, "--criu"]);
     start.arg(&setting.criu).arg("--json").arg(&source_json);
     let mut source = Tool::start("source-server", &mut start, dir)?;
-    let (source, destination) = wait_both(&mut source, &mut destination)?;
+    let (used, its, cut) = wait_both(&mut source, &mut destination)?;
+    ensure!(!cut, "not over after {MOVE_LIMIT:?}: {}{}", source.said(), destination.said());
     let report = MoveReport::read(&destination_json)?;
     ensure_lazy(report.pages.lazy * 4096, mib)?;
     let own_share_ms = Some(own_share(&MoveReport::read(&source_json)?, &report));
-    Ok(Moved { source, destination, own_share_ms, _namespace: None })
+    Ok(Moved { source: used, destination: its, own_share_ms, cut, _kept: Vec::new() })
 }
 
 /// Blackout less the two phases in which CRIU works: its dump behind the freeze, and its restore.
@@ -349,14 +366,16 @@ fn stock(setting: &Setting, workload: &Handle, dir: &Path, mib: usize) -> anyhow
     restore.arg(&setting.criu).args(["restore", "-D"]).arg(&images);
     restore.args(["-o", "restore.log", "-v0", "--lazy-pages", "-d"]);
     let namespace = Tool::start("criu-restore", &mut restore, dir)?;
-    let (source, destination) = wait_both(&mut source, &mut destination)?;
+    let (used, its, cut) = wait_both(&mut source, &mut destination)?;
     let copied: u64 = fs::read_dir(&images)?
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().starts_with("pages-"))
         .filter_map(|entry| Some(entry.metadata().ok()?.len()))
         .sum();
     ensure_lazy(((mib as u64) << 20).saturating_sub(copied), mib)?;
-    Ok(Moved { source, destination, own_share_ms: None, _namespace: Some(namespace) })
+    // A move that was cut needs its programs until the workload has ended.
+    let kept = vec![namespace, destination, source];
+    Ok(Moved { source: used, destination: its, own_share_ms: None, cut, _kept: kept })
 }
 
 /// A process with a page-aligned stack pointer is copied as a whole, by either: that measures nothing here.

@@ -23,6 +23,8 @@ const COLUMNS: [Column; 10] = [
 
 /// The middle of `values` (the lower one of two), the least and the largest.
 fn spread(mut values: Vec<f64>) -> Option<(f64, f64, f64)> {
+    // Of a run that was cut not everything is known.
+    values.retain(|value| !value.is_nan());
     values.sort_by(f64::total_cmp);
     let middle = values.len().checked_sub(1)? / 2;
     Some((values[middle], values[0], values[values.len() - 1]))
@@ -69,6 +71,14 @@ pub(super) fn markdown(rows: &[Row], setting: &Setting) -> String {
                     _ => String::new(),
                 };
                 let _ = writeln!(out, "| {name} | {} | {} | {ratio} |", shown(a), shown(b));
+            }
+            let cut = criu.iter().filter(|row| row.cut).count();
+            if cut > 0 {
+                let _ = writeln!(
+                    out,
+                    "\n{cut} of CRIU's runs were cut before their last page, which counts as that moment; their \
+                     processor time is left out."
+                );
             }
             let own = spread(ours.iter().filter_map(|row| row.own_share_ms).collect());
             if let Some((middle, least, most)) = own {
