@@ -71,9 +71,17 @@ impl Ledger {
         self.missing
     }
 
-    /// These pages were sent (as an answer or by the push).
-    pub fn sent(&mut self, first: u64, pages: u64) {
+    /// These pages are sent as an answer; says whether any of them was not sent before.
+    pub fn sent(&mut self, first: u64, pages: u64) -> bool {
+        self.sent.set_range(first, first + pages) > 0
+    }
+
+    /// Takes pages from `first` on that nobody has sent yet, at most `most`: how many; they count as sent from now on.
+    pub fn take_unsent_from(&mut self, first: u64, most: u64) -> u64 {
+        let end = (first + most).min(self.sent.len());
+        let pages = self.sent.run_in(first, end).map_or(end, |(start, _)| start).saturating_sub(first);
         self.sent.set_range(first, first + pages);
+        pages
     }
 
     /// Takes an acknowledgement in; returns the chunks that it completed.
@@ -158,6 +166,16 @@ mod tests {
         ledger.take_unsent(&map, 1, 64, &mut runs);
         let got: Vec<_> = runs.iter().map(|r| (r.what.task.0, r.what.run.pages)).collect();
         assert_eq!(got, [(1, 2), (2, 2)]);
+    }
+
+    #[test]
+    fn pages_asked_for_ahead_end_at_the_first_that_was_sent() {
+        let mut ledger = Ledger::new(12, 4);
+        assert!(ledger.sent(5, 1));
+        assert!(!ledger.sent(5, 1));
+        assert_eq!(ledger.take_unsent_from(2, 8), 3);
+        assert_eq!(ledger.take_unsent_from(2, 8), 0);
+        assert_eq!(ledger.take_unsent_from(6, 256), 6);
     }
 
     #[test]

@@ -56,3 +56,5 @@ pub const PUSH_WINDOW_MIN: usize = 128 << 10;
 pub const PUSH_WINDOW_MAX: usize = 16 << 20;
 /// After how many bytes the window follows what the kernel has measured.
 pub const PUSH_WINDOW_INTERVAL: u64 = 1 << 20;
+/// How far ahead of a fault the push goes on: about what a thread reads while a pushed page is on its way.
+pub const PUSH_LEAD_PAGES: u64 = 256;

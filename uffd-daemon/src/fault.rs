@@ -25,7 +25,7 @@ use crate::inflight::{Asked, InFlight, Purpose, Waiter};
 use crate::keeper::KeeperHandle;
 use crate::limits;
 use crate::pages::{Arrival, Blocked, Resolution, SpaceId};
-use crate::prefetch::{Ahead, Streams};
+use crate::prefetch::Streams;
 use crate::tree::{TaskFamily, Tree};
 use crate::upstream::{Upstream, UpstreamError};
 
@@ -93,8 +93,6 @@ pub struct FaultLoop<U> {
     in_flight: InFlight,
     /// By family.
     streams: Vec<Streams>,
-    /// What answers left out and may be needed.
-    ask_again: Vec<(usize, Ahead)>,
     deferred: Vec<Deferred>,
     zeroes: Vec<(usize, TaskAddr)>,
     polled: PollSet,
@@ -129,7 +127,6 @@ impl<U: Upstream> FaultLoop<U> {
             upstream: Some(upstream),
             served: Vec::new(),
             in_flight: InFlight::default(),
-            ask_again: Vec::new(),
             deferred: Vec::new(),
             zeroes: Vec::new(),
             polled: PollSet::default(),
@@ -308,7 +305,7 @@ impl<U: Upstream> FaultLoop<U> {
             let asked = Asked { family, first: *index, pages: 1, purpose: Purpose::Demand, waiter, at: now };
             let id = self.in_flight.insert(asked);
             if let Some(upstream) = self.upstream.as_mut() {
-                if let Err(error) = upstream.ask(id, task, run) {
+                if let Err(error) = upstream.ask(id, Purpose::Demand, task, run) {
                     drop(guard);
                     self.lose_upstream(&error);
                     return Ok(());
@@ -339,10 +336,19 @@ impl<U: Upstream> FaultLoop<U> {
         let Some(upstream) = self.upstream.as_mut().filter(|upstream| upstream.background().is_none()) else {
             return Ok(());
         };
-        match self.streams.get_mut(position).and_then(|streams| streams.fault(index)) {
-            Some(ahead) => ask_ahead(upstream, &mut self.in_flight, family, position, ahead),
-            None => Ok(()),
-        }
+        let Some(ahead) = self.streams.get_mut(position).and_then(|streams| streams.fault(index)) else {
+            return Ok(());
+        };
+        let (task, in_flight, at) = (family.task(), &mut self.in_flight, Instant::now());
+        let mut result = Ok(());
+        family.ask_ahead(ahead, |first, run| {
+            let purpose = Purpose::Prefetch;
+            let asked = Asked { family: position, first, pages: run.pages, purpose, waiter: None, at };
+            if result.is_ok() {
+                result = upstream.ask(in_flight.insert(asked), purpose, task, run);
+            }
+        });
+        result
     }
 
     fn publish_demand(&self) {
@@ -400,10 +406,6 @@ impl<U: Upstream> FaultLoop<U> {
             })?;
             result?;
         }
-        let tree = self.tree.clone();
-        for (position, ahead) in self.ask_again.drain(..) {
-            ask_ahead(upstream, &mut self.in_flight, &mut tree.lock(position), position, ahead)?;
-        }
         self.ask_background(upstream)?;
         upstream.flush()
     }
@@ -435,7 +437,7 @@ impl<U: Upstream> FaultLoop<U> {
                 at: Instant::now(),
             };
             let id = self.in_flight.insert(asked);
-            upstream.ask(id, task, run)?;
+            upstream.ask(id, Purpose::Background, task, run)?;
         }
         Ok(())
     }
@@ -474,14 +476,17 @@ impl<U: Upstream> FaultLoop<U> {
             self.cursor = self.cursor.min((asked.family, from));
             return Ok(());
         }
-        if family.is_missing(from, from + 1) {
+        if asked.purpose == Purpose::Prefetch {
+            // They come by the push. A thread that waits meanwhile reports again, and its fault is asked for.
+            if let Err(error) = family.wake_missing(from, end) {
+                drop(family);
+                self.notify(Notice::Broken(format!("wake failed: {error}")));
+            }
+            return Ok(());
+        }
+        if family.is_missing(from, end) {
             let what = format!("page {from} of task {} was refused but is missing", family.task());
             return Err(UpstreamError::Protocol(what));
-        }
-        // Only the first that was left out is known to be settled, and somebody may wait for one behind it.
-        let behind = Ahead { first: from + 1, stride: 1, pages: end - from - 1 };
-        if behind.pages > 0 {
-            self.ask_again.push((asked.family, behind));
         }
         drop(family);
         self.maybe_settled = true;
@@ -608,26 +613,6 @@ impl<U: Upstream> FaultLoop<U> {
             self.notify(Notice::UpstreamLost(error.to_string()));
         }
     }
-}
-
-/// Asks for those of these pages that are missing and were not asked for.
-fn ask_ahead(
-    upstream: &mut impl Upstream,
-    in_flight: &mut InFlight,
-    family: &mut TaskFamily,
-    position: usize,
-    ahead: Ahead,
-) -> Result<(), UpstreamError> {
-    let (task, at) = (family.task(), Instant::now());
-    let mut result = Ok(());
-    family.ask_ahead(ahead, |first, run| {
-        let purpose = Purpose::Prefetch;
-        let asked = Asked { family: position, first, pages: run.pages, purpose, waiter: None, at };
-        if result.is_ok() {
-            result = upstream.ask(in_flight.insert(asked), task, run);
-        }
-    });
-    result
 }
 
 /// Wakes a range; the only failures are an empty range and an address space that is gone.

@@ -1,7 +1,7 @@
 //! Frames: a 16-byte header and a body.
 //!
 //! ```text
-//!  0  u32  bytes of body        Pages, Demand      Ack
+//!  0  u32  bytes of body        Pages, Demand …    Ack
 //!  4  u16  kind                 0  u32  task       0  u32  number of runs
 //!  6  u16  0                    4  u32  pages      then per run:
 //!  8  u64  id                   8  u64  address    0  u32  task
@@ -9,8 +9,8 @@
 //!                                                  8  u64  address
 //! ```
 //!
-//! `Demand` has no data; `Pages` has `pages * 4096` bytes. A `Pages` frame on the fault lane carries the id
-//! of the demand it answers; on the push lane the id counts frames.
+//! `Pages` has `pages * 4096` bytes of data; `Demand`, `Prefetch`, `Settled` and `Declined` have none. An answer on the
+//! fault lane carries the id of the question; on the push lane the id counts frames.
 
 use super::codec::{CodecError, Decoder, bounded};
 use super::limits;
@@ -18,7 +18,7 @@ use crate::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
 
 /// Bytes of a frame header.
 pub const HEADER_LEN: usize = 16;
-/// Bytes of a frame header and the run that begins a `Pages` or `Demand` body.
+/// Bytes of a frame header and the run that begins the body of a lane frame.
 pub const RUN_HEADER_LEN: usize = HEADER_LEN + RUN_LEN;
 /// Bytes of a run in a body.
 pub const RUN_LEN: usize = 16;
@@ -57,6 +57,10 @@ pub enum Kind {
     Settled = 18,
     /// Pages that are settled at the destination.
     Ack = 19,
+    /// The destination asks for pages that will be needed soon: those that were not sent yet.
+    Prefetch = 20,
+    /// The answer to a `Prefetch` whose first page was sent before.
+    Declined = 21,
 }
 
 impl Kind {
@@ -77,6 +81,8 @@ impl Kind {
             17 => Self::Pages,
             18 => Self::Settled,
             19 => Self::Ack,
+            20 => Self::Prefetch,
+            21 => Self::Declined,
             _ => return None,
         })
     }
@@ -84,7 +90,7 @@ impl Kind {
     /// Largest body of this kind.
     const fn body_max(self) -> usize {
         match self {
-            Self::Demand | Self::Settled => RUN_LEN,
+            Self::Demand | Self::Prefetch | Self::Settled | Self::Declined => RUN_LEN,
             Self::Pages => RUN_LEN + limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE,
             Self::Ack => 4 + limits::RUNS_PER_ACK_MAX * RUN_LEN,
             _ => limits::CONTROL_BODY_MAX,
@@ -138,7 +144,7 @@ impl Header {
     }
 }
 
-/// A run of a task as it stands in `Demand`, `Pages`, `Settled` and `Ack`.
+/// A run of a task as it stands in lane frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TaskRun {
     /// Whose pages.
@@ -187,10 +193,10 @@ impl TaskRun {
     }
 }
 
-/// A frame that begins with a run: `Demand`, `Settled` or `Pages`.
+/// A frame that begins with a run: of a lane, and no `Ack`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunFrame {
-    /// `Demand`, `Settled` or `Pages`.
+    /// Of a lane, and no `Ack`.
     pub kind: Kind,
     /// Request id or counter.
     pub id: u64,
@@ -209,8 +215,8 @@ impl RunFrame {
         let (head, run) = bytes.split_first_chunk::<HEADER_LEN>().expect("16 of 32 bytes");
         let header = Header::decode(head)?;
         let max = match header.kind {
-            Kind::Demand => limits::PAGES_PER_REQUEST_MAX,
-            Kind::Pages | Kind::Settled => limits::PAGES_PER_FRAME_MAX,
+            Kind::Demand | Kind::Prefetch => limits::PAGES_PER_REQUEST_MAX,
+            Kind::Pages | Kind::Settled | Kind::Declined => limits::PAGES_PER_FRAME_MAX,
             other => return Err(CodecError::Meaning { field: "frame kind here", value: other as u64 }),
         };
         let what = TaskRun::decode(&mut Decoder::new(run), max)?;

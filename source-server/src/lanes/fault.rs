@@ -40,7 +40,7 @@ pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
         let mut used = 0;
         while let Some(head) = buffer[used..filled].first_chunk::<RUN_HEADER_LEN>() {
             let frame = RunFrame::decode(head)?;
-            if frame.kind != Kind::Demand {
+            if !matches!(frame.kind, Kind::Demand | Kind::Prefetch) {
                 return Err(unexpected(frame.kind).into());
             }
             // The first is what a thread waits for; those behind it, mostly asked for ahead, may travel together.
@@ -67,17 +67,21 @@ fn unexpected(kind: Kind) -> protocol::wire::codec::CodecError {
     protocol::wire::codec::CodecError::Meaning { field: "frame kind on this lane", value: kind as u64 }
 }
 
+/// Answers one request: a `Demand` whatever was sent before, a `Prefetch` up to the first page that was.
 fn answer(
     lanes: &Lanes,
     lane: &Stream,
     scratch: &mut Scratch,
     page: &mut Vec<u8>,
-    demand: &RunFrame,
+    request: &RunFrame,
     more: bool,
 ) -> Result<(), LaneError> {
     let broken = LaneError::io("fault");
-    let first = index_of(&lanes.map, &demand.what)?;
-    let wanted = usize::try_from(demand.what.run.pages).unwrap_or(0);
+    let TaskRun { task, run } = request.what;
+    let first = index_of(&lanes.map, &request.what)?;
+    let ahead = request.kind == Kind::Prefetch;
+    let wanted = if ahead { lanes.ledger().take_unsent_from(first, run.pages) } else { run.pages };
+    let wanted = usize::try_from(wanted).unwrap_or(0);
     page.resize(wanted.max(1) * PAGE_SIZE, 0);
     let mut pages = 0;
     for (i, slot) in page.chunks_exact_mut(PAGE_SIZE).take(wanted).enumerate() {
@@ -86,19 +90,22 @@ fn answer(
         }
         pages += 1;
     }
-    let task = demand.what.task;
-    let Some(run) = PageRun::new(demand.what.run.start, pages) else {
-        // Acknowledged and freed: the page is there, whoever waits only has to look again.
-        let head = demand.what.frame(Kind::Settled, demand.id, 0);
+    let Some(run) = PageRun::new(run.start, pages) else {
+        // Acknowledged and freed, so the page is there and whoever waits only has to look again; or not worth
+        // sending ahead.
+        let kind = if ahead { Kind::Declined } else { Kind::Settled };
+        let head = request.what.frame(kind, request.id, 0);
         lane.send_all(&head, more).map_err(broken)?;
         lanes.fault_bytes.fetch_add(head.len() as u64, Ordering::Relaxed);
         return Ok(());
     };
     let data = &page[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
-    let head = TaskRun { task, run }.frame(Kind::Pages, demand.id, data.len());
+    let head = TaskRun { task, run }.frame(Kind::Pages, request.id, data.len());
     lane.send_both(&head, data, more).map_err(broken)?;
-    lanes.ledger().sent(first, pages);
-    lanes.want(first + pages);
     lanes.fault_bytes.fetch_add((head.len() + data.len()) as u64, Ordering::Relaxed);
+    if ahead || lanes.ledger().sent(first, pages) {
+        // A page that is on its way already says that the push is near.
+        lanes.want(first + pages);
+    }
     Ok(())
 }

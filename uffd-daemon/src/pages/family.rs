@@ -122,6 +122,21 @@ impl<I: Installer> Family<I> {
         self.spaces().map(Space::remote_pages).sum()
     }
 
+    /// Wakes whoever waits for a page of `first..end`: it faults again.
+    ///
+    /// # Errors
+    /// An errno from the kernel that is no ordinary outcome.
+    pub fn wake_missing(&self, first: u64, end: u64) -> io::Result<()> {
+        for member in self.members.iter().flatten() {
+            let mut from = first;
+            while let Some(stretch) = member.space.remote_in(from, end) {
+                member.installer.wake(stretch.at, pages_to_bytes(stretch.pages))?;
+                from = stretch.first + stretch.pages;
+            }
+        }
+        Ok(())
+    }
+
     /// Whether some space misses a page of `first..end`.
     #[must_use]
     pub fn is_missing(&self, first: u64, end: u64) -> bool {

@@ -10,6 +10,7 @@ use protocol::criu::pages::{Location, PageReader, PagesError};
 use protocol::units::{PAGE_SIZE, PageRun, TaskId};
 
 use super::{Answer, AskId, Upstream, UpstreamError};
+use crate::inflight::Purpose;
 use crate::limits;
 
 /// Pages of one answer: 256 KiB are read and installed in about 100 us, then faults are looked for again.
@@ -76,8 +77,8 @@ impl Upstream for Images {
         None
     }
 
-    fn ask(&mut self, id: AskId, task: TaskId, run: PageRun) -> Result<(), UpstreamError> {
-        let queue = if run.pages == 1 { &mut self.single } else { &mut self.runs };
+    fn ask(&mut self, id: AskId, purpose: Purpose, task: TaskId, run: PageRun) -> Result<(), UpstreamError> {
+        let queue = if purpose == Purpose::Demand { &mut self.single } else { &mut self.runs };
         queue.push_back(Question { id, task, run });
         Ok(())
     }
@@ -149,10 +150,10 @@ mod tests {
     #[test]
     fn faults_go_before_the_background() {
         let (_dir, mut images) = images();
-        images.ask(1, TASK, run(16, 64)).unwrap();
-        images.ask(2, TASK, run(80, 64)).unwrap();
-        images.ask(3, TASK, run(200, 1)).unwrap();
-        images.ask(4, TASK, run(201, 1)).unwrap();
+        images.ask(1, Purpose::Background, TASK, run(16, 64)).unwrap();
+        images.ask(2, Purpose::Background, TASK, run(80, 64)).unwrap();
+        images.ask(3, Purpose::Demand, TASK, run(200, 1)).unwrap();
+        images.ask(4, Purpose::Demand, TASK, run(201, 1)).unwrap();
         assert!(images.fd().is_none() && !images.wants_write());
         assert_eq!(answers(&mut images), [(3, 1, 200), (4, 1, 201), (1, 64, 16)]);
         assert_eq!(answers(&mut images), [(2, 64, 80)]);
@@ -162,8 +163,8 @@ mod tests {
     #[test]
     fn an_answer_is_bounded() {
         let (_dir, mut images) = images();
-        images.ask(1, TASK, run(20, 190)).unwrap();
-        images.ask(2, TASK, run(214, 50)).unwrap();
+        images.ask(1, Purpose::Background, TASK, run(20, 190)).unwrap();
+        images.ask(2, Purpose::Background, TASK, run(214, 50)).unwrap();
         assert_eq!(answers(&mut images), [(1, 64, 20)]);
         assert_eq!(answers(&mut images), [(2, 2, 214)]);
     }
@@ -172,7 +173,7 @@ mod tests {
     fn what_is_not_there_is_an_error() {
         let (dir, mut images) = images();
         let mut refused = |task, run, told: &str| {
-            images.ask(1, task, run).unwrap();
+            images.ask(1, Purpose::Background, task, run).unwrap();
             let error = images.answers(&mut |_| panic!("answered")).unwrap_err().to_string();
             assert!(error.contains(told), "{error}");
         };

@@ -16,6 +16,8 @@ use std::os::fd::BorrowedFd;
 
 use protocol::units::{PageRun, TaskId};
 
+use crate::inflight::Purpose;
+
 /// A question that was asked, by the number it was asked with.
 pub type AskId = u64;
 
@@ -25,7 +27,7 @@ pub struct Answer<'a> {
     /// Which question.
     pub id: AskId,
     /// The pages from the start of the run asked for: all of it or its beginning; none if the peer holds
-    /// them as settled.
+    /// them as settled, or will not send them ahead.
     pub data: &'a [u8],
 }
 
@@ -52,7 +54,7 @@ pub trait Upstream: Send {
     ///
     /// # Errors
     /// [`UpstreamError`].
-    fn ask(&mut self, id: AskId, task: TaskId, run: PageRun) -> Result<(), UpstreamError>;
+    fn ask(&mut self, id: AskId, purpose: Purpose, task: TaskId, run: PageRun) -> Result<(), UpstreamError>;
 
     /// Sends what is queued as far as the link takes it.
     ///

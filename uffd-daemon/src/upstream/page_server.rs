@@ -25,6 +25,7 @@ use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, PageRun, TaskId};
 
 use super::{Answer, AskId, Upstream, UpstreamError};
+use crate::inflight::Purpose;
 use crate::limits;
 
 /// How long a page server may take to accept.
@@ -190,7 +191,7 @@ impl Upstream for PageServer {
         self.stream.as_ref().map(AsFd::as_fd)
     }
 
-    fn ask(&mut self, id: AskId, task: TaskId, run: PageRun) -> Result<(), UpstreamError> {
+    fn ask(&mut self, id: AskId, purpose: Purpose, task: TaskId, run: PageRun) -> Result<(), UpstreamError> {
         let request = Header::get(task, PageRun { pages: run.pages.min(REQUEST_PAGES_MAX), ..run });
         self.queue(&request)?;
         self.outstanding.push_back((id, request));
@@ -198,8 +199,7 @@ impl Upstream for PageServer {
         if self.buffer.len() < room {
             self.buffer.resize(room, 0);
         }
-        // A single page of the background counts too: memory of single pages is slow to fetch either way.
-        if run.pages == 1 {
+        if purpose == Purpose::Demand {
             self.last_fault = Some(Instant::now());
         }
         Ok(())
@@ -326,9 +326,9 @@ mod tests {
     fn requests_leave_in_order_and_answers_split_anywhere_come_back() {
         for layout in LAYOUTS {
             let (mut server, mut peer) = pair(layout);
-            server.ask(11, TASK, run(16, 1)).unwrap();
-            server.ask(12, TASK, run(20, 64)).unwrap();
-            server.ask(13, TASK, run(18, 1)).unwrap();
+            server.ask(11, Purpose::Demand, TASK, run(16, 1)).unwrap();
+            server.ask(12, Purpose::Background, TASK, run(20, 64)).unwrap();
+            server.ask(13, Purpose::Demand, TASK, run(18, 1)).unwrap();
             assert!(server.wants_write());
             server.flush().unwrap();
             assert!(!server.wants_write());
@@ -358,7 +358,7 @@ mod tests {
     #[test]
     fn nothing_there_is_no_answer_and_does_not_wait() {
         let (mut server, _peer) = pair(HeaderLayout::Wide);
-        server.ask(1, TASK, run(16, 1)).unwrap();
+        server.ask(1, Purpose::Demand, TASK, run(16, 1)).unwrap();
         server.flush().unwrap();
         assert_eq!(answers(&mut server).unwrap(), []);
     }
@@ -366,7 +366,7 @@ mod tests {
     #[test]
     fn a_long_request_is_cut_and_its_answer_fits() {
         let (mut server, mut peer) = pair(HeaderLayout::Wide);
-        server.ask(1, TASK, run(16, 1 << 30)).unwrap();
+        server.ask(1, Purpose::Background, TASK, run(16, 1 << 30)).unwrap();
         server.flush().unwrap();
         let mut request = [0; 32];
         peer.read_exact(&mut request).unwrap();
@@ -389,7 +389,7 @@ mod tests {
             (vec![0x5a; 32], "rubbish"),
         ] {
             let (mut server, mut peer) = pair(layout);
-            server.ask(1, TASK, run(16, 2)).unwrap();
+            server.ask(1, Purpose::Background, TASK, run(16, 2)).unwrap();
             server.flush().unwrap();
             peer.write_all(&sent).unwrap();
             let error = answers(&mut server).unwrap_err();
@@ -405,7 +405,7 @@ mod tests {
         let (mut server, _peer) = pair(HeaderLayout::Wide);
         let full = (limits::BACKGROUND_REQUEST_PAGES, limits::BACKGROUND_PAGES_IN_FLIGHT);
         assert_eq!(server.background(), Some(full));
-        server.ask(1, TASK, run(16, 64)).unwrap();
+        server.ask(1, Purpose::Background, TASK, run(16, 64)).unwrap();
         assert_eq!(server.background(), Some(full));
         server.last_fault = Some(Instant::now() + Duration::from_secs(3600));
         assert_eq!(server.background(), Some((full.0 / 4, full.1 / 4)));
@@ -419,7 +419,7 @@ mod tests {
             let layout = HeaderLayout::Compact;
             let (ours, mut peer) = UnixStream::pair().unwrap();
             let mut server = PageServer::over(ours.into(), layout, inherited).unwrap();
-            server.ask(1, TASK, run(16, 2)).unwrap();
+            server.ask(1, Purpose::Background, TASK, run(16, 2)).unwrap();
             let peer = thread::spawn(move || {
                 let mut requests = vec![0; 2 * layout.len()];
                 peer.read_exact(&mut requests).unwrap();

@@ -10,6 +10,7 @@ use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, TaskRun};
 use protocol::wire::limits;
 
 use super::{Answer, AskId, Upstream, UpstreamError};
+use crate::inflight::Purpose;
 
 /// Room for several answers, at least for the largest.
 const BUFFER: usize = 2 * (RUN_HEADER_LEN + limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE);
@@ -36,8 +37,9 @@ impl Upstream for FaultLane {
         Some(self.stream.as_fd())
     }
 
-    fn ask(&mut self, id: AskId, task: TaskId, run: PageRun) -> Result<(), UpstreamError> {
-        let frame = TaskRun { task, run }.frame(Kind::Demand, id, 0);
+    fn ask(&mut self, id: AskId, purpose: Purpose, task: TaskId, run: PageRun) -> Result<(), UpstreamError> {
+        let kind = if purpose == Purpose::Demand { Kind::Demand } else { Kind::Prefetch };
+        let frame = TaskRun { task, run }.frame(kind, id, 0);
         self.unsent.extend_from_slice(&frame);
         Ok(())
     }
@@ -90,8 +92,8 @@ fn take_frames(bytes: &[u8], each: &mut dyn FnMut(Answer<'_>)) -> Result<usize, 
     let mut used = 0;
     while let Some(head) = bytes[used..].first_chunk::<RUN_HEADER_LEN>() {
         let frame = RunFrame::decode(head).map_err(|error| UpstreamError::Protocol(error.to_string()))?;
-        if frame.kind == Kind::Demand {
-            return Err(UpstreamError::Protocol("a demand request from the source".into()));
+        if matches!(frame.kind, Kind::Demand | Kind::Prefetch) {
+            return Err(UpstreamError::Protocol("a request from the source".into()));
         }
         let start = used + RUN_HEADER_LEN;
         let Some(data) = bytes.get(start..start + frame.data_len) else { break };
