@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::report::MoveReport;
 use crate::scenario::RunOptions;
 use crate::workload::report_failure;
-use crate::{demo, kv, scenario, stamp, touch};
+use crate::{demo, kv, page, scenario, stamp, touch};
 
 /// Workloads, fault-latency experiments and the demo of post-copy migration.
 #[derive(Debug, Parser)]
@@ -61,11 +61,11 @@ enum Command {
         #[command(flatten)]
         options: RunOptions,
     },
-    /// Print reports that a move wrote with --json
+    /// Print reports that a move wrote with --json, or make the pages of results folders anew
     Report {
-        /// The files
+        /// The files and folders
         #[arg(required = true)]
-        files: Vec<PathBuf>,
+        paths: Vec<PathBuf>,
     },
     /// Move a redis under load between two hosts that are network namespaces
     Demo(demo::Options),
@@ -104,7 +104,7 @@ impl Cli {
         match self.command {
             Command::List => list(),
             Command::Run { scenario, options } => run(&scenario, &options, &self.common),
-            Command::Report { files } => report(&files),
+            Command::Report { paths } => report(&paths),
             Command::Demo(options) => demo::run(&options, &self.common),
             Command::Workload(workload) => workload.run(),
         }
@@ -125,9 +125,13 @@ fn run(name: &str, options: &RunOptions, common: &Common) -> anyhow::Result<Exit
     }
 }
 
-fn report(files: &[PathBuf]) -> anyhow::Result<ExitCode> {
-    for file in files {
-        println!("{}", MoveReport::read(file)?);
+fn report(paths: &[PathBuf]) -> anyhow::Result<ExitCode> {
+    for path in paths {
+        if path.is_dir() {
+            println!("{}", page::write(path)?);
+        } else {
+            println!("{}", MoveReport::read(path)?);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::cli::Common;
+use crate::results::Folder;
 use crate::vs_criu;
 
 /// How to run an experiment.
@@ -15,6 +16,12 @@ pub struct RunOptions {
     /// Runs of each case [default: what the experiment needs]
     #[arg(long, value_name = "N")]
     pub runs: Option<usize>,
+    /// Memory of the process that is moved, where the experiment does not vary it
+    #[arg(long, value_name = "MIB")]
+    pub mib: Option<usize>,
+    /// Only cases that have all these words in their name; may be repeated
+    #[arg(long, value_name = "WORDS")]
+    pub only: Vec<String>,
     /// Where the raw data and the summary go [default: a folder below the target directory]
     #[arg(long, value_name = "DIR")]
     pub results: Option<PathBuf>,
@@ -29,6 +36,12 @@ impl RunOptions {
             target.join("experiments").join(name)
         })
     }
+
+    /// How often each case is measured: what was asked for, once in a smoke run, or `usual`.
+    #[must_use]
+    pub fn runs_or(&self, usual: usize) -> usize {
+        self.runs.unwrap_or(if self.smoke { 1 } else { usual })
+    }
 }
 
 /// One experiment.
@@ -39,6 +52,8 @@ pub struct Scenario {
     pub about: &'static str,
     /// Runs it.
     pub run: fn(&RunOptions, &Common) -> anyhow::Result<ExitCode>,
+    /// What its results show, as Markdown; draws the plots into the folder. [`standard`](crate::page::standard) fits any table.
+    pub page: fn(&Folder) -> anyhow::Result<String>,
 }
 
 /// All of them, in the order in which `list` shows them.
@@ -46,6 +61,7 @@ pub const ALL: &[Scenario] = &[Scenario {
     name: "vs-criu",
     about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
     run: vs_criu::run,
+    page: vs_criu::page,
 }];
 
 /// The scenario of that name.
