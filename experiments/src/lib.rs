@@ -10,7 +10,9 @@
 //! - [`tool`]: programs that run beside an experiment, and what they used
 //! - [`moving`]: one measured move, whoever moves; [`campaign`]: many of them, interleaved
 //! - [`results`]: the folder they are written to; [`plot`]: charts; [`page`]: a page out of a folder
-//! - [`scenario`]: the experiments by name; [`vs_criu`]: ours beside CRIU's own lazy pages
+//! - [`scenario`]: the experiments by name
+//! - [`floors`]: what the machine can do at best
+//! - [`sweep`]: fault latency by pattern, push rate, store and size; [`vs_criu`]: ours beside CRIU's own lazy pages
 //! - [`cli`]: the command line of the `experiments` binary
 //! - [`random`], [`clock`]: numbers that can be repeated, time that can be compared
 #![forbid(unsafe_code)]
@@ -19,6 +21,7 @@ pub mod campaign;
 pub mod cli;
 pub mod clock;
 pub mod demo;
+pub mod floors;
 pub mod kv;
 pub mod lab;
 pub mod moving;
@@ -30,6 +33,7 @@ pub mod report;
 pub mod results;
 pub mod scenario;
 pub mod stamp;
+pub mod sweep;
 pub mod tool;
 pub mod touch;
 pub mod vs_criu;

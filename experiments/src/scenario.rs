@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use crate::cli::Common;
 use crate::results::Folder;
-use crate::vs_criu;
+use crate::sweep::{fault_latency, memory_size, push_interference, stores};
+use crate::{floors, vs_criu};
 
 /// How to run an experiment.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -57,12 +58,44 @@ pub struct Scenario {
 }
 
 /// All of them, in the order in which `list` shows them.
-pub const ALL: &[Scenario] = &[Scenario {
-    name: "vs-criu",
-    about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
-    run: vs_criu::run,
-    page: vs_criu::page,
-}];
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: floors::NAME,
+        about: "what this machine can do at best: wake-ups, round trips, whole faults, installing, sending",
+        run: floors::run,
+        page: floors::page,
+    },
+    Scenario {
+        name: fault_latency::NAME,
+        about: "what a fault costs, by pattern, read or write, threads, with and without push",
+        run: fault_latency::run,
+        page: fault_latency::page,
+    },
+    Scenario {
+        name: push_interference::NAME,
+        about: "the push from off to unlimited: how long the brownout is, and what it costs the faults",
+        run: push_interference::run,
+        page: push_interference::page,
+    },
+    Scenario {
+        name: stores::NAME,
+        about: "where the pages wait: pipes, the frozen task, the images of a checkpoint",
+        run: stores::run,
+        page: stores::page,
+    },
+    Scenario {
+        name: memory_size::NAME,
+        about: "what grows with the memory: 64 MiB to 8 GiB, as far as this machine has room",
+        run: memory_size::run,
+        page: memory_size::page,
+    },
+    Scenario {
+        name: vs_criu::NAME,
+        about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
+        run: vs_criu::run,
+        page: vs_criu::page,
+    },
+];
 
 /// The scenario of that name.
 #[must_use]

@@ -113,6 +113,25 @@ fn every_page_is_read_once_when_told_to() {
 }
 
 #[test]
+fn every_pattern_finds_its_pages_whether_it_reads_or_writes() {
+    for pattern in touch::Pattern::ALL {
+        for (access, threads) in [(touch::Access::Read, 3), (touch::Access::Write, 2)] {
+            let dir = tempfile::tempdir().unwrap();
+            let options = touch::Options { pattern, access, threads, ..touch_options(dir.path()) };
+            let mut touch = touch::Handle::start(program(), &options, LONG).unwrap();
+            touch.go().unwrap();
+            let summary = touch.wait_done(LONG).unwrap();
+            assert_eq!((summary.pages, summary.wrong), (2048, 0), "{pattern} {access}");
+            let mut pages: Vec<u64> =
+                touch.samples().unwrap().samples.iter().map(|sample| sample.page).collect();
+            pages.sort_unstable();
+            pages.dedup();
+            assert_eq!(pages.len() == 2048, pattern.is_complete(), "{pattern}: {} pages", pages.len());
+        }
+    }
+}
+
+#[test]
 fn a_gap_starts_the_reads_and_is_measured() {
     let dir = tempfile::tempdir().unwrap();
     let options = touch::Options {
@@ -130,6 +149,8 @@ fn a_gap_starts_the_reads_and_is_measured() {
     let samples = touch.samples().unwrap();
     assert!(samples.started_ns >= samples.gap_to_ns && samples.gap_to_ns > samples.gap_from_ns);
     assert!(samples.ended_ns - samples.started_ns >= 2047 * 100_000, "one read per 100 us");
+    let presence = samples.presences.last().unwrap();
+    assert!(presence.wall_ns >= samples.gap_to_ns && presence.pages >= 2048, "{presence:?}");
 }
 
 #[test]

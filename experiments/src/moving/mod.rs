@@ -4,6 +4,7 @@
 //! first instruction after the move until the side that moves it has installed the last page and ended.
 
 mod movers;
+pub mod timeline;
 
 use std::path::Path;
 
@@ -12,10 +13,10 @@ use hdrhistogram::Histogram;
 
 pub use movers::{Mover, Ours, Programs, Route};
 
-use crate::report::{Latency, MoveReport};
+use crate::report::{Latency, MoveReport, PagesByOrigin};
 use crate::results::{Results, Row};
 use crate::tool::Used;
-use crate::touch::{Handle, Options, Pattern, Samples, Summary};
+use crate::touch::{Access, Handle, Options, Pattern, Samples, Summary};
 use crate::workload::Files;
 use movers::{Moved, PATIENCE};
 
@@ -42,6 +43,8 @@ pub struct Config {
     pub mib: usize,
     /// The order of its accesses.
     pub pattern: Pattern,
+    /// What each is.
+    pub access: Access,
     /// Threads that share them.
     pub threads: usize,
     /// From one access of a thread to its next; 0 back to back.
@@ -56,7 +59,15 @@ impl Config {
     /// Random reads of one thread, back to back, of a process of `mib` MiB.
     #[must_use]
     pub const fn new(mib: usize, mover: Mover) -> Self {
-        Self { mib, pattern: Pattern::Random, threads: 1, interval_us: 0, reads: Reads::All, mover }
+        Self {
+            mib,
+            pattern: Pattern::Random,
+            access: Access::Read,
+            threads: 1,
+            interval_us: 0,
+            reads: Reads::All,
+            mover,
+        }
     }
 }
 
@@ -114,6 +125,7 @@ fn start(programs: &Programs, config: &Config, dir: &Path) -> anyhow::Result<Han
     let mut options = Options::new(Files::in_dir(dir, "touch"), dir.join("samples"));
     options.mib = config.mib;
     options.pattern = config.pattern;
+    options.access = config.access;
     options.threads = config.threads;
     options.interval_us = config.interval_us;
     options.start_after_gap_ms = if config.reads == Reads::Afterwards { 0 } else { MOVED_GAP_MS };
@@ -188,14 +200,39 @@ impl Measured {
         row.push("destination_cpu_s_per_gib", self.destination.cpu_s / self.gib());
         row.push("source_peak_mib", self.source.peak_mib);
         row.push("destination_peak_mib", self.destination.peak_mib);
+        row.push("own_share_ms", self.own_share_ms());
+        row.push("gib_per_s", self.gib() / self.last_page_ms * 1000.0);
+        row.push("faults_per_s", self.faults_per_s());
+        let pages = self.reports.as_ref().map(|(_, destination)| destination.pages);
+        #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
+        let count = |count: fn(&PagesByOrigin) -> u64| pages.as_ref().map(|pages| count(pages) as f64);
+        row.push("demand_pages", count(|pages| pages.demand));
+        row.push("push_pages", count(|pages| pages.push));
+        row.push("gone_pages", count(|pages| pages.gone));
+        row.push("redundant_pages", count(|pages| pages.redundant));
     }
 
-    /// Adds the run to a results folder: its line and its histogram.
+    /// Accesses that waited for their page, per second from the first such access to the last.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
+    pub fn faults_per_s(&self) -> Option<f64> {
+        let faults = || self.samples.samples.iter().filter(|sample| sample.latency_ns >= FAULT_FLOOR_NS);
+        let ended = faults().map(|fault| fault.t_ns + fault.latency_ns).max()?;
+        let begun = faults().map(|fault| fault.t_ns).min()?;
+        (!self.histogram.is_empty())
+            .then(|| self.histogram.len() as f64 / (ended - begun).max(1) as f64 * 1e9)
+    }
+
+    /// Adds the run to a results folder: its line, its histogram and its time line.
     ///
     /// # Errors
     /// If they cannot be written.
     pub fn record(&self, row: &Row, results: &mut Results) -> anyhow::Result<()> {
-        results.histogram(&row.name(), &self.histogram)?;
+        let name = row.name();
+        results.histogram(&name, &self.histogram)?;
+        // A tenth more than the move took: how it is afterwards belongs to the picture.
+        let moved_ns = self.destination.ended_ns.saturating_sub(self.samples.gap_to_ns);
+        results.timeline(&name, &timeline::csv(&timeline::bins(&self.samples, moved_ns + moved_ns / 10)))?;
         results.add(row)
     }
 

@@ -3,6 +3,7 @@
 //! Each scenario says what its results show ([`Scenario::page`](crate::scenario::Scenario)); what is above and below
 //! that is the same for all.
 
+mod floors;
 mod plots;
 
 use std::fmt::Write as _;
@@ -11,7 +12,8 @@ use std::path::Path;
 use crate::results::{self, Folder, Group, Spread, Table, number};
 use crate::scenario;
 
-pub use plots::{by_case, latencies, show};
+pub use floors::{Floors, against_floors};
+pub use plots::{by_case, latencies, show, timelines};
 
 /// Makes the page of a folder anew and returns its text.
 ///

@@ -1,6 +1,7 @@
 //! Plots that pages of several scenarios have, drawn into the folder, as Markdown that shows them.
 
-use crate::plot::{Axis, Chart, Mark, latency};
+use crate::moving::timeline;
+use crate::plot::{Axis, Chart, Mark, Scale, latency};
 use crate::results::{Folder, Group, PLOTS, Percentiles};
 
 /// The latencies of the cases that `wanted` accepts, as CDF and by percentile, a line per run. `named` says what a
@@ -29,6 +30,51 @@ pub fn latencies(
     let cdf = show(folder, &format!("{name}-cdf"), &latency::cdf(&format!("{name}: distribution"), &of))?;
     let chart = latency::percentiles(&format!("{name}: by percentile"), &of);
     Ok(cdf + &show(folder, &format!("{name}-percentiles"), &chart)?)
+}
+
+/// What happened when, counted from the resume, in the first run of each case that `wanted` accepts: faults, how long
+/// they waited, and how the memory filled.
+///
+/// # Errors
+/// If a file cannot be read or written.
+pub fn timelines(
+    folder: &Folder,
+    name: &str,
+    wanted: impl Fn(&Group<'_>) -> bool,
+    named: impl Fn(&Group<'_>) -> String,
+) -> anyhow::Result<String> {
+    let time = || Axis::new("time since the resume in ms", Scale::Linear);
+    let mut faults =
+        Chart::new(format!("{name}: faults per ms"), time(), Axis::new("faults per ms", Scale::Linear));
+    let mut waits =
+        Chart::new(format!("{name}: longest wait"), time(), Axis::new("latency in us", Scale::Log));
+    let mut memory = Chart::new(
+        format!("{name}: pages by origin"),
+        time(),
+        Axis::new("pages in thousands", Scale::Linear),
+    );
+    for (colour, group) in folder.table.groups().iter().filter(|group| wanted(group)).enumerate() {
+        let Some(text) = group.rows.first().and_then(|row| folder.timeline(row)) else { continue };
+        let bins = timeline::parse(&text)?;
+        let case = named(group);
+        let width = bins.first().map_or(1.0, |bin| bin.t_ms);
+        #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
+        let thousands = |count: u64| count as f64 / 1000.0;
+        let rate = bins.iter().map(|bin| (bin.t_ms, thousands(bin.faults) * 1000.0 / width)).collect();
+        faults.add(&case, colour, Mark::Line, rate);
+        let longest = bins.iter().filter_map(|bin| Some((bin.t_ms, bin.max_us?))).collect();
+        waits.add(&case, colour, Mark::Line, longest);
+        let present = bins.iter().filter_map(|bin| Some((bin.t_ms, thousands(bin.present?)))).collect();
+        memory.add(format!("{case}: all"), colour, Mark::Line, present);
+        let by_fault = bins.iter().scan(0, |sum, bin| {
+            *sum += bin.faults;
+            Some((bin.t_ms, thousands(*sum)))
+        });
+        memory.add(format!("{case}: by a fault"), colour, Mark::Thin, by_fault.collect());
+    }
+    let mut text = show(folder, &format!("{name}-faults"), &faults)?;
+    text += &show(folder, &format!("{name}-waits"), &waits)?;
+    Ok(text + &show(folder, &format!("{name}-pages"), &memory)?)
 }
 
 /// Medians of columns over a number that the case says, a line per column and name.

@@ -6,14 +6,13 @@
 
 mod summary;
 
-use std::fmt;
 use std::process::ExitCode;
 
-use crate::campaign::Campaign;
 use crate::cli::Common;
-use crate::moving::{Config, Mover, Programs, Reads, measure};
-use crate::results::{Folder, Row};
+use crate::moving::{Config, Mover, Reads};
+use crate::results::Folder;
 use crate::scenario::RunOptions;
+use crate::sweep::{self, Case};
 
 /// How the application uses its memory after the move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,66 +37,41 @@ impl Load {
             Self::BackToBack => "back-to-back",
         }
     }
-}
 
-struct Case {
-    mover: Mover,
-    mib: usize,
-    load: Load,
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mover, mib, load } = self;
-        write!(f, "{mover:<4} {mib:>4} MiB {:<12}", load.name())
+    /// When it reads, and how long from one read to the next.
+    const fn reads(self) -> (Reads, u64) {
+        match self {
+            Self::Idle => (Reads::Afterwards, 0),
+            Self::Paced => (Reads::WhileMoving, 100),
+            Self::BackToBack => (Reads::All, 0),
+        }
     }
 }
 
-impl Case {
-    fn config(&self) -> Config {
-        let (reads, interval_us) = match self.load {
-            Load::Idle => (Reads::Afterwards, 0),
-            Load::Paced => (Reads::WhileMoving, 100),
-            Load::BackToBack => (Reads::All, 0),
-        };
-        Config { reads, interval_us, ..Config::new(self.mib, self.mover.clone()) }
-    }
-
-    fn row(&self, run: usize) -> Row {
-        let case = vec![
-            ("contender", self.mover.to_string()),
-            ("mib", self.mib.to_string()),
-            ("load", self.load.name().to_owned()),
-        ];
-        Row::new(case, run)
-    }
-}
+/// Its name.
+pub const NAME: &str = "vs-criu";
 
 /// Runs the scenario.
 ///
 /// # Errors
 /// If nothing can be moved, or a file cannot be written.
 pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
+    sweep::run(NAME, options, common, &cases(options), 5)
+}
+
+fn cases(options: &RunOptions) -> Vec<Vec<Case>> {
     let sizes: &[usize] = if options.smoke { &[64] } else { &[512, 2048] };
     let sizes = options.mib.as_ref().map_or(sizes, std::slice::from_ref);
-    let programs = Programs::find(common)?;
-    let mut campaign = Campaign::begin("vs-criu", options, common, &programs.versions())?;
-    let mut groups = Vec::new();
-    for &mib in sizes {
-        for load in Load::ALL {
-            let movers = [Mover::Ours(Box::default()), Mover::Criu];
-            groups.push(movers.into_iter().map(|mover| Case { mover, mib, load }).collect());
-        }
-    }
-    campaign.measure(&groups, options.runs_or(5), |case, run, results| {
-        let measured = measure(&programs, &case.config())?;
-        let mut row = case.row(run);
-        measured.add_to(&mut row);
-        row.push("own_share_ms", measured.own_share_ms());
-        measured.record(&row, results)?;
-        Ok(format!("{case} run {run}: {}", measured.in_words()))
-    })?;
-    campaign.end()
+    let both = |mib: usize, load: Load| {
+        let case = |mover: Mover| {
+            let contender = mover.to_string();
+            let (reads, interval_us) = load.reads();
+            let config = Config { reads, interval_us, ..Config::new(mib, mover) };
+            Case::new([("contender", &contender), ("mib", &mib), ("load", &load.name())], config)
+        };
+        [Mover::Ours(Box::default()), Mover::Criu].map(case).to_vec()
+    };
+    sizes.iter().flat_map(|&mib| Load::ALL.map(|load| both(mib, load))).collect()
 }
 
 /// Its page.
