@@ -220,12 +220,13 @@ pub(super) fn end_to_end_with_push(cores: Cores, extent: Extent) -> anyhow::Resu
         let sending = scope.spawn(move || {
             keep_on(cores.push)?;
             let chunk = vec![3; CHUNK];
-            // Ends when the other side has hung up.
+            // Ends when the connection is shut.
             while { sender }.write_all(&chunk).is_ok() {}
             Ok(())
         });
         let receiving = scope.spawn(move || {
-            let _stop = Stop(receiver);
+            // Hanging up at this end would leave the other one with a full queue.
+            let _stop = Stop(sender);
             begun.wait();
             keep_on(cores.push)?;
             let mut chunk = vec![0; CHUNK];

@@ -1,12 +1,13 @@
 //! Probes of bulk transfer.
 
-use std::io::{IoSlice, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use anyhow::ensure;
-use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, vmsplice};
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::unistd::{pipe2, write};
 
 use super::latency::{connection, join};
 use super::memory::{CHUNK, LazyMemory, PAGE};
@@ -77,13 +78,13 @@ pub(super) fn receive_and_install(threads: usize, extent: Extent) -> anyhow::Res
     )
 }
 
-/// Pipes full of pages that belong to `memory`, as a dump leaves them.
+/// Pipes full of whole pages, as a source keeps them.
 fn full_pipes(bytes: usize) -> anyhow::Result<Vec<(OwnedFd, OwnedFd)>> {
     let memory = vec![1; PIPE];
     let fill = |_| {
-        let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
         fcntl(&writer, FcntlArg::F_SETPIPE_SZ(i32::try_from(PIPE)?))?;
-        let filled = vmsplice(&writer, &[IoSlice::new(&memory)], SpliceFFlags::empty())?;
+        let filled = write(&writer, &memory)?;
         ensure!(filled == PIPE, "a pipe took only {filled} bytes");
         Ok((reader, writer))
     };
