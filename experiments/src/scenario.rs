@@ -34,7 +34,9 @@ impl RunOptions {
     pub fn results_dir(&self, name: &str) -> PathBuf {
         self.results.clone().unwrap_or_else(|| {
             let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-            target.join("experiments").join(name)
+            // What a smoke run shows must not replace what was measured.
+            let folder = if self.smoke { "experiments-smoke" } else { "experiments" };
+            target.join(folder).join(name)
         })
     }
 
