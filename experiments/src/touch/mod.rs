@@ -44,7 +44,7 @@ const GENERATION: u32 = 1;
 /// Set in a page's free word by a write; what was there before is still known.
 const WRITTEN: u64 = 1 << 63;
 /// A gap this long in the sampling thread's clock is taken for the move.
-const MOVED_GAP_NS: u64 = 8_000_000;
+const MOVED_GAP_NS: u64 = 20_000_000;
 /// Between two looks at how much memory is there.
 const PRESENCE_INTERVAL_NS: u64 = 5_000_000;
 /// Period of the control thread while it waits for the start, and afterwards.
