@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::report::MoveReport;
 use crate::scenario::RunOptions;
-use crate::workload::report_failure;
+use crate::workload::{SpinOptions, report_failure, spin};
 use crate::{demo, kv, page, scenario, stamp, touch};
 
 /// Workloads, fault-latency experiments and the demo of post-copy migration.
@@ -82,6 +82,8 @@ enum Workload {
     Touch(touch::Options),
     /// Load a redis over one connection and check every reply
     KvClient(kv::Options),
+    /// Keep a processor busy
+    Spin(SpinOptions),
 }
 
 impl Workload {
@@ -90,6 +92,7 @@ impl Workload {
             Self::Stamp(options) => report_failure(&options.files, stamp::run(&options)),
             Self::Touch(options) => report_failure(&options.files, touch::run(&options)),
             Self::KvClient(options) => report_failure(&options.files, kv::run(&options)),
+            Self::Spin(options) => spin(&options),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use experiments::workload::Files;
-use experiments::{stamp, touch};
+use experiments::{stamp, touch, workload};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -89,6 +89,17 @@ fn a_frozen_workload_sees_the_gap_and_goes_on() {
     stamp.wait_beat(LONG, |beat| beat.gap_us >= 200_000).unwrap();
     stamp.wait_progress(500, LONG).unwrap();
     assert_eq!(stamp.quit(LONG).unwrap().wrong, 0);
+}
+
+#[test]
+fn busy_tasks_run_on_every_processor_and_end_with_their_owner() {
+    let busy = workload::BusyCores::start(std::path::Path::new(env!("CARGO_BIN_EXE_experiments"))).unwrap();
+    assert_eq!(busy.count(), std::thread::available_parallelism().unwrap().get());
+    let of_this = format!("/proc/self/task/{}/children", nix::unistd::gettid());
+    let children = || fs::read_to_string(&of_this).unwrap().split_whitespace().count();
+    assert_eq!(children(), busy.count());
+    drop(busy);
+    assert_eq!(children(), 0);
 }
 
 fn touch_options(dir: &std::path::Path) -> touch::Options {

@@ -64,7 +64,7 @@ struct Extent {
     bytes: usize,
 }
 
-const USUAL: Extent = Extent { samples: 8192, bytes: 512 << 20 };
+const USUAL: Extent = Extent { samples: 4096, bytes: 512 << 20 };
 const SMOKE: Extent = Extent { samples: 256, bytes: 16 << 20 };
 /// A thread of a probe waits no longer than this for another.
 const PATIENCE: Duration = Duration::from_secs(20);

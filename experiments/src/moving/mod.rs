@@ -17,7 +17,7 @@ use crate::report::{Latency, MoveReport, PagesByOrigin};
 use crate::results::{Results, Row};
 use crate::tool::Used;
 use crate::touch::{Access, Handle, Options, Pattern, Samples, Summary};
-use crate::workload::Files;
+use crate::workload::{BusyCores, Files};
 use movers::{Moved, PATIENCE};
 
 /// An access that took less found its page present.
@@ -52,6 +52,8 @@ pub struct Config {
     pub interval_us: u64,
     /// When they are made.
     pub reads: Reads,
+    /// A task that wants all of a processor runs on each of them meanwhile.
+    pub busy_cores: bool,
     /// Who moves it.
     pub mover: Mover,
 }
@@ -67,6 +69,7 @@ impl Config {
             threads: 1,
             interval_us: 0,
             reads: Reads::All,
+            busy_cores: false,
             mover,
         }
     }
@@ -101,6 +104,7 @@ pub fn measure(programs: &Programs, config: &Config) -> anyhow::Result<Measured>
     let dir = tempfile::Builder::new().prefix("postcopy-move-").tempdir_in("/dev/shm")?;
     let mut workload = start(programs, config, dir.path())?;
     workload.mark_moved();
+    let _busy = if config.busy_cores { Some(BusyCores::start(&programs.own)?) } else { None };
     let ran = run(programs, config, &mut workload, dir.path());
     if ran.is_err() {
         // It may run, here or there: then it is told to end while somebody can still tell it.

@@ -51,7 +51,7 @@ pub fn against_floors(folder: &Folder) -> anyhow::Result<String> {
          The floor of a fault is one that goes from a touch over TCP loopback to a page in the server's memory and \
          back, in one process, with nothing in between; with the whole path on one core, and where the scheduler \
          puts it. With a push, that of the same while another connection pushes at its full rate. The floor of the \
-         throughput is receive and install on the cores at hand.\n\n",
+         throughput is receive and install on the cores at hand, source and destination sharing them.\n\n",
     );
     let mut head = folder.table.case_columns.clone();
     let ratios = ["p50 / one core", "p50 / scheduler", "p99 / one core", "p99 / scheduler", "GiB/s / floor"];

@@ -21,7 +21,11 @@ pub use plots::{by_case, latencies, show, timelines};
 /// If the folder is no results folder, or cannot be written.
 pub fn write(dir: &Path) -> anyhow::Result<String> {
     let folder = Folder::open(dir)?;
-    let name = folder.environment.get("scenario").to_owned();
+    let name = match folder.environment.get("scenario") {
+        // Folders made before there was such a line: they were called after their scenario.
+        "" => dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        name => name.to_owned(),
+    };
     let text = match scenario::find(&name) {
         _ if folder.table.rows.is_empty() => format!("# {name}\n\nNothing was measured.\n"),
         Some(scenario) => (scenario.page)(&folder)?,

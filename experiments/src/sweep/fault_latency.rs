@@ -1,5 +1,6 @@
 //! `fault-latency`: what an access costs that has to fetch its page, by pattern, kind, threads, with and without push.
 
+use std::fmt;
 use std::process::ExitCode;
 
 use super::Case;
@@ -43,10 +44,14 @@ pub(super) fn cases(options: &RunOptions) -> Vec<Vec<Case>> {
         let case = |push: &&str| {
             let ours = Ours { push_rate: (*push).to_owned(), ..Ours::default() };
             let config = Config { pattern, access, threads, ..Config::new(mib, Mover::Ours(Box::new(ours))) };
-            Case::new(
-                [("pattern", &pattern), ("access", &access), ("threads", &threads), ("push", push)],
-                config,
-            )
+            let columns: [(_, &dyn fmt::Display); 5] = [
+                ("mib", &mib),
+                ("pattern", &pattern),
+                ("access", &access),
+                ("threads", &threads),
+                ("push", push),
+            ];
+            Case::new(columns, config)
         };
         groups.push(pushes.iter().map(case).collect());
     };

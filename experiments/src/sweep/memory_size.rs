@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use super::Case;
 use crate::cli::Common;
 use crate::moving::{Config, Mover, Reads};
-use crate::page::{by_case, latencies, medians};
+use crate::page::{against_floors, by_case, latencies, medians};
 use crate::plot::{Axis, Scale};
 use crate::results::{Folder, Group};
 use crate::scenario::RunOptions;
@@ -87,6 +87,7 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
         "destination_peak_mib",
     ];
     text += &medians(&folder.table, &told);
+    text += &against_floors(folder)?;
     let size = |group: &Group<'_>| group.value("mib").parse().ok();
     let mib = || Axis::new("memory in MiB", Scale::Log);
     let axes = (mib(), Axis::new("ms", Scale::Log));

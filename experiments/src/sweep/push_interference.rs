@@ -35,7 +35,7 @@ pub(super) fn cases(options: &RunOptions) -> Vec<Vec<Case>> {
         // Without a push the move ends when the process has asked for everything and is gone.
         let reads = if rate == OFF { Reads::All } else { Reads::WhileMoving };
         let config = Config { reads, interval_us, ..Config::new(mib, Mover::Ours(Box::new(ours))) };
-        Case::new([("load", &load), ("push", &rate)], config)
+        Case::new([("mib", &mib), ("load", &load), ("push", &rate)], config)
     };
     LOADS.into_iter().map(|load| rates.iter().map(|rate| case(load, rate)).collect()).collect()
 }

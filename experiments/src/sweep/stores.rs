@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use super::Case;
 use crate::cli::Common;
 use crate::moving::{Config, Mover, Ours, Reads};
-use crate::page::{latencies, medians};
+use crate::page::{against_floors, latencies, medians};
 use crate::results::{Folder, Group};
 use crate::scenario::RunOptions;
 
@@ -28,7 +28,7 @@ pub(super) fn cases(options: &RunOptions) -> Vec<Vec<Case>> {
         let movers = [("pipes", ours("pipes")), ("frozen", ours("frozen")), ("images", Mover::Images)];
         let case = |(store, mover): (&str, Mover)| {
             let config = Config { reads, interval_us, ..Config::new(mib, mover) };
-            Case::new([("load", &load), ("store", &store)], config)
+            Case::new([("mib", &mib), ("load", &load), ("store", &store)], config)
         };
         movers.into_iter().map(case).collect()
     };
@@ -60,6 +60,7 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
         "destination_peak_mib",
     ];
     text += &medians(&folder.table, &told);
+    text += &against_floors(folder)?;
     for (load, ..) in LOADS {
         let wanted = |group: &Group<'_>| group.value("load") == load;
         text += &latencies(folder, load, wanted, |group| group.value("store").to_owned())?;

@@ -1,7 +1,7 @@
 //! `vs-criu`: the same workload moved by us and by CRIU's own lazy pages, interleaved, in one run.
 //!
 //! Per run a process fills its memory, is moved on this host over TCP loopback into a PID namespace of its own,
-//! and then reads its pages: not at all (idle), one per 100 us (paced), or back to back. The results folder is that
+//! and then reads its pages: not at all (idle), one per 100 us (paced), or back to back, on idle and on busy processors. The results folder is that
 //! of [`results`](crate::results).
 
 mod summary;
@@ -23,10 +23,12 @@ pub enum Load {
     Paced,
     /// Random reads back to back.
     BackToBack,
+    /// The same while another task wants all of each processor.
+    BusyCores,
 }
 
 impl Load {
-    const ALL: [Self; 3] = [Self::Idle, Self::Paced, Self::BackToBack];
+    const ALL: [Self; 4] = [Self::Idle, Self::Paced, Self::BackToBack, Self::BusyCores];
 
     /// Its name in files and tables.
     #[must_use]
@@ -35,6 +37,7 @@ impl Load {
             Self::Idle => "idle",
             Self::Paced => "paced",
             Self::BackToBack => "back-to-back",
+            Self::BusyCores => "busy-cores",
         }
     }
 
@@ -43,7 +46,7 @@ impl Load {
         match self {
             Self::Idle => (Reads::Afterwards, 0),
             Self::Paced => (Reads::WhileMoving, 100),
-            Self::BackToBack => (Reads::All, 0),
+            Self::BackToBack | Self::BusyCores => (Reads::All, 0),
         }
     }
 }
@@ -66,12 +69,19 @@ fn cases(options: &RunOptions) -> Vec<Vec<Case>> {
         let case = |mover: Mover| {
             let contender = mover.to_string();
             let (reads, interval_us) = load.reads();
-            let config = Config { reads, interval_us, ..Config::new(mib, mover) };
+            let busy_cores = load == Load::BusyCores;
+            let config = Config { reads, interval_us, busy_cores, ..Config::new(mib, mover) };
             Case::new([("contender", &contender), ("mib", &mib), ("load", &load.name())], config)
         };
         [Mover::Ours(Box::default()), Mover::Criu].map(case).to_vec()
     };
-    sizes.iter().flat_map(|&mib| Load::ALL.map(|load| both(mib, load))).collect()
+    let mut groups: Vec<_> = sizes
+        .iter()
+        .flat_map(|&mib| [Load::Idle, Load::Paced, Load::BackToBack].map(|load| both(mib, load)))
+        .collect();
+    // On busy processors CRIU needs minutes for the larger size.
+    groups.extend(sizes.first().map(|&mib| both(mib, Load::BusyCores)));
+    groups
 }
 
 /// Its page.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Load;
-use crate::page::{self, cell, find, latencies};
+use crate::page::{self, against_floors, cell, find, latencies};
 use crate::results::{Folder, Group};
 
 /// The rows of a table: what they are called and the column they come from.
@@ -41,7 +41,7 @@ pub(super) fn page(folder: &Folder) -> anyhow::Result<String> {
             })?;
         }
     }
-    Ok(text)
+    Ok(text + &against_floors(folder)?)
 }
 
 fn table(title: &str, ours: Option<&Group<'_>>, criu: Option<&Group<'_>>) -> String {
