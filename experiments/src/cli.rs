@@ -8,8 +8,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::report::MoveReport;
 use crate::scenario::RunOptions;
-use crate::workload::report_failure;
-use crate::{demo, kv, scenario, stamp, touch};
+use crate::workload::{SpinOptions, report_failure, spin};
+use crate::{demo, kv, page, scenario, stamp, touch};
 
 /// Workloads, fault-latency experiments and the demo of post-copy migration.
 #[derive(Debug, Parser)]
@@ -61,11 +61,11 @@ enum Command {
         #[command(flatten)]
         options: RunOptions,
     },
-    /// Print reports that a move wrote with --json
+    /// Print reports that a move wrote with --json, or make the pages of results folders anew
     Report {
-        /// The files
+        /// The files and folders
         #[arg(required = true)]
-        files: Vec<PathBuf>,
+        paths: Vec<PathBuf>,
     },
     /// Move a redis under load between two hosts that are network namespaces
     Demo(demo::Options),
@@ -82,6 +82,8 @@ enum Workload {
     Touch(touch::Options),
     /// Load a redis over one connection and check every reply
     KvClient(kv::Options),
+    /// Keep a processor busy
+    Spin(SpinOptions),
 }
 
 impl Workload {
@@ -90,6 +92,7 @@ impl Workload {
             Self::Stamp(options) => report_failure(&options.files, stamp::run(&options)),
             Self::Touch(options) => report_failure(&options.files, touch::run(&options)),
             Self::KvClient(options) => report_failure(&options.files, kv::run(&options)),
+            Self::Spin(options) => spin(&options),
         }
     }
 }
@@ -104,7 +107,7 @@ impl Cli {
         match self.command {
             Command::List => list(),
             Command::Run { scenario, options } => run(&scenario, &options, &self.common),
-            Command::Report { files } => report(&files),
+            Command::Report { paths } => report(&paths),
             Command::Demo(options) => demo::run(&options, &self.common),
             Command::Workload(workload) => workload.run(),
         }
@@ -125,9 +128,13 @@ fn run(name: &str, options: &RunOptions, common: &Common) -> anyhow::Result<Exit
     }
 }
 
-fn report(files: &[PathBuf]) -> anyhow::Result<ExitCode> {
-    for file in files {
-        println!("{}", MoveReport::read(file)?);
+fn report(paths: &[PathBuf]) -> anyhow::Result<ExitCode> {
+    for path in paths {
+        if path.is_dir() {
+            println!("{}", page::write(path)?);
+        } else {
+            println!("{}", MoveReport::read(path)?);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -7,21 +7,34 @@
 //! - [`redis`], [`kv`]: a server to move and a client that checks every reply
 //! - [`report`]: what the two sides of a move report, and latencies
 //! - [`demo`]: a redis under load moves, and its client keeps its connection
-//! - [`scenario`]: the experiments by name; [`vs_criu`]: ours beside CRIU's own lazy pages
+//! - [`tool`]: programs that run beside an experiment, and what they used
+//! - [`moving`]: one measured move, whoever moves; [`campaign`]: many of them, interleaved
+//! - [`results`]: the folder they are written to; [`plot`]: charts; [`page`]: a page out of a folder
+//! - [`scenario`]: the experiments by name
+//! - [`floors`]: what the machine can do at best
+//! - [`sweep`]: fault latency by pattern, push rate, store and size; [`vs_criu`]: ours beside CRIU's own lazy pages
 //! - [`cli`]: the command line of the `experiments` binary
 //! - [`random`], [`clock`]: numbers that can be repeated, time that can be compared
 #![forbid(unsafe_code)]
 
+pub mod campaign;
 pub mod cli;
 pub mod clock;
 pub mod demo;
+pub mod floors;
 pub mod kv;
 pub mod lab;
+pub mod moving;
+pub mod page;
+pub mod plot;
 pub mod random;
 pub mod redis;
 pub mod report;
+pub mod results;
 pub mod scenario;
 pub mod stamp;
+pub mod sweep;
+pub mod tool;
 pub mod touch;
 pub mod vs_criu;
 pub mod workload;

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::cli::Common;
-use crate::vs_criu;
+use crate::results::Folder;
+use crate::sweep::{fault_latency, memory_size, push_interference, stores};
+use crate::{floors, vs_criu};
 
 /// How to run an experiment.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -15,6 +17,12 @@ pub struct RunOptions {
     /// Runs of each case [default: what the experiment needs]
     #[arg(long, value_name = "N")]
     pub runs: Option<usize>,
+    /// Memory of the process that is moved, where the experiment does not vary it
+    #[arg(long, value_name = "MIB")]
+    pub mib: Option<usize>,
+    /// Only cases that have all these words in their name; may be repeated
+    #[arg(long, value_name = "WORDS")]
+    pub only: Vec<String>,
     /// Where the raw data and the summary go [default: a folder below the target directory]
     #[arg(long, value_name = "DIR")]
     pub results: Option<PathBuf>,
@@ -26,8 +34,16 @@ impl RunOptions {
     pub fn results_dir(&self, name: &str) -> PathBuf {
         self.results.clone().unwrap_or_else(|| {
             let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-            target.join("experiments").join(name)
+            // What a smoke run shows must not replace what was measured.
+            let folder = if self.smoke { "experiments-smoke" } else { "experiments" };
+            target.join(folder).join(name)
         })
+    }
+
+    /// How often each case is measured: what was asked for, once in a smoke run, or `usual`.
+    #[must_use]
+    pub fn runs_or(&self, usual: usize) -> usize {
+        self.runs.unwrap_or(if self.smoke { 1 } else { usual })
     }
 }
 
@@ -39,14 +55,49 @@ pub struct Scenario {
     pub about: &'static str,
     /// Runs it.
     pub run: fn(&RunOptions, &Common) -> anyhow::Result<ExitCode>,
+    /// What its results show, as Markdown; draws the plots into the folder. [`standard`](crate::page::standard) fits any table.
+    pub page: fn(&Folder) -> anyhow::Result<String>,
 }
 
 /// All of them, in the order in which `list` shows them.
-pub const ALL: &[Scenario] = &[Scenario {
-    name: "vs-criu",
-    about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
-    run: vs_criu::run,
-}];
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: floors::NAME,
+        about: "what this machine can do at best: wake-ups, round trips, whole faults, installing, sending",
+        run: floors::run,
+        page: floors::page,
+    },
+    Scenario {
+        name: fault_latency::NAME,
+        about: "what a fault costs, by pattern, read or write, threads, with and without push",
+        run: fault_latency::run,
+        page: fault_latency::page,
+    },
+    Scenario {
+        name: push_interference::NAME,
+        about: "the push from off to unlimited: how long the brownout is, and what it costs the faults",
+        run: push_interference::run,
+        page: push_interference::page,
+    },
+    Scenario {
+        name: stores::NAME,
+        about: "where the pages wait: pipes, the frozen task, the images of a checkpoint",
+        run: stores::run,
+        page: stores::page,
+    },
+    Scenario {
+        name: memory_size::NAME,
+        about: "what grows with the memory: 64 MiB to 8 GiB, as far as this machine has room",
+        run: memory_size::run,
+        page: memory_size::page,
+    },
+    Scenario {
+        name: vs_criu::NAME,
+        about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
+        run: vs_criu::run,
+        page: vs_criu::page,
+    },
+];
 
 /// The scenario of that name.
 #[must_use]

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use experiments::workload::Files;
-use experiments::{stamp, touch};
+use experiments::{stamp, touch, workload};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -91,6 +91,17 @@ fn a_frozen_workload_sees_the_gap_and_goes_on() {
     assert_eq!(stamp.quit(LONG).unwrap().wrong, 0);
 }
 
+#[test]
+fn busy_tasks_run_on_every_processor_and_end_with_their_owner() {
+    let busy = workload::BusyCores::start(std::path::Path::new(env!("CARGO_BIN_EXE_experiments"))).unwrap();
+    assert_eq!(busy.count(), std::thread::available_parallelism().unwrap().get());
+    let of_this = format!("/proc/self/task/{}/children", nix::unistd::gettid());
+    let children = || fs::read_to_string(&of_this).unwrap().split_whitespace().count();
+    assert_eq!(children(), busy.count());
+    drop(busy);
+    assert_eq!(children(), 0);
+}
+
 fn touch_options(dir: &std::path::Path) -> touch::Options {
     touch::Options { mib: 8, ..touch::Options::new(Files::in_dir(dir, "touch"), dir.join("samples")) }
 }
@@ -113,6 +124,25 @@ fn every_page_is_read_once_when_told_to() {
 }
 
 #[test]
+fn every_pattern_finds_its_pages_whether_it_reads_or_writes() {
+    for pattern in touch::Pattern::ALL {
+        for (access, threads) in [(touch::Access::Read, 3), (touch::Access::Write, 2)] {
+            let dir = tempfile::tempdir().unwrap();
+            let options = touch::Options { pattern, access, threads, ..touch_options(dir.path()) };
+            let mut touch = touch::Handle::start(program(), &options, LONG).unwrap();
+            touch.go().unwrap();
+            let summary = touch.wait_done(LONG).unwrap();
+            assert_eq!((summary.pages, summary.wrong), (2048, 0), "{pattern} {access}");
+            let mut pages: Vec<u64> =
+                touch.samples().unwrap().samples.iter().map(|sample| sample.page).collect();
+            pages.sort_unstable();
+            pages.dedup();
+            assert_eq!(pages.len() == 2048, pattern.is_complete(), "{pattern}: {} pages", pages.len());
+        }
+    }
+}
+
+#[test]
 fn a_gap_starts_the_reads_and_is_measured() {
     let dir = tempfile::tempdir().unwrap();
     let options = touch::Options {
@@ -130,6 +160,8 @@ fn a_gap_starts_the_reads_and_is_measured() {
     let samples = touch.samples().unwrap();
     assert!(samples.started_ns >= samples.gap_to_ns && samples.gap_to_ns > samples.gap_from_ns);
     assert!(samples.ended_ns - samples.started_ns >= 2047 * 100_000, "one read per 100 us");
+    let presence = samples.presences.last().unwrap();
+    assert!(presence.wall_ns >= samples.gap_to_ns && presence.pages >= 2048, "{presence:?}");
 }
 
 #[test]

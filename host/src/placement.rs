@@ -35,7 +35,8 @@ impl Processors {
         let _ = self.0.set(cpu);
     }
 
-    fn list(self) -> impl Iterator<Item = usize> {
+    /// Their numbers, rising.
+    pub fn list(self) -> impl Iterator<Item = usize> {
         (0..CpuSet::count()).filter(move |cpu| self.0.is_set(*cpu).unwrap_or(false))
     }
 

@@ -12,8 +12,6 @@
 //! The address is announced only after the restore: what the client sends again in between must reach nobody. The
 //! destination would answer it with a reset for as long as it has the address and not yet the socket.
 
-mod tool;
-
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,11 +23,11 @@ use tempfile::TempDir;
 
 use crate::cli::Common;
 use crate::kv::{self, KvReport, Load};
-use crate::lab::{Host, Lab, SERVICE};
+use crate::lab::{Host, Lab, SERVICE, wait_listening};
 use crate::redis::Redis;
 use crate::report::MoveReport;
+use crate::tool::{Tool, beside};
 use crate::workload::Files;
-use tool::{Tool, beside, wait_listening};
 
 /// Where the daemon listens on the destination.
 const PORT: u16 = 7300;

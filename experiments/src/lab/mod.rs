@@ -11,6 +11,7 @@
 //! other. Names carry the pid of the process that made them: what is left behind is found, and by whom. Dropping a
 //! lab kills what still runs in its namespaces, which is what was started or restored there, and removes them.
 
+mod listening;
 mod shape;
 mod tasks;
 
@@ -26,6 +27,7 @@ use nix::sched::{CloneFlags, setns};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+pub use listening::wait_listening;
 pub use shape::Rate;
 
 const NAMESPACES: &str = "/run/netns";

@@ -21,6 +21,8 @@ use crate::random::mix;
 const MAGIC: u64 = 0x5354_414d_5045_4421;
 const STAMP_WORDS: usize = 4;
 const TAIL: usize = WORDS_PER_PAGE - STAMP_WORDS;
+/// A word that no stamp covers, whatever the place and the generation: for what else a page is to carry.
+pub const FREE_WORD: usize = TAIL - 1;
 
 /// The part of a process's memory that a page is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,6 +208,17 @@ mod tests {
         let page = blank();
         write_full(&page, HERE, 3, 1);
         assert_eq!(verify(&page, HERE, 3), None);
+    }
+
+    #[test]
+    fn no_stamp_covers_the_free_word() {
+        for page in 0..5000 {
+            let (place, words) = (HERE.offset(page), blank());
+            write(&words, place, 1, 9);
+            assert_eq!(words[FREE_WORD].load(Relaxed), 0, "{place}");
+            words[FREE_WORD].store(u64::MAX, Relaxed);
+            assert_eq!(verify(&words, place, 1), None, "{place}");
+        }
     }
 
     #[test]

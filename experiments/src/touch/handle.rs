@@ -40,6 +40,7 @@ impl Handle {
         for (name, value) in [
             ("--mib", options.mib.to_string()),
             ("--pattern", options.pattern.to_string()),
+            ("--access", options.access.to_string()),
             ("--stride-pages", options.stride_pages.to_string()),
             ("--interval-us", options.interval_us.to_string()),
             ("--threads", options.threads.to_string()),

@@ -1,11 +1,12 @@
-//! The fault-latency workload: fills memory, waits, then reads every page once and measures each read.
+//! The fault-latency workload: fills memory, waits, then reads or writes its pages and measures each access.
 //!
-//! Between the filling and the reads the process is moved. A read that finds its page present takes a fraction of a
+//! Between the filling and the accesses the process is moved. One that finds its page present takes a fraction of a
 //! microsecond, one that has to fetch it from the source takes as long as the application waits for it: what is in
-//! the samples file is the latency as the application sees it, page by page.
+//! the samples file is the latency as the application sees it, page by page. Every page that was accessed is checked.
 //!
 //! A second thread looks at the clock each millisecond and notes the longest gap: the blackout. After a resume its
 //! first look needs no lazy page: code and vdso are files, and CRIU restores the page under a stack pointer itself.
+//! From then on it also notes how much of the memory is there.
 //!
 //! ```text
 //! READY id=0 pid=.. pages=..
@@ -17,6 +18,7 @@ mod handle;
 mod pattern;
 mod samples;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::process::{ExitCode, id};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
@@ -29,16 +31,22 @@ use kernel::arena::Region;
 
 pub use handle::{Handle, Summary};
 pub use pattern::Pattern;
-pub use samples::{Plan, Sample, Samples, State};
+pub use samples::{Plan, Presence, Sample, Samples, State};
 
 use crate::clock::{monotonic_ms, monotonic_ns, wall_ns};
-use crate::stamp::page::{self, Part, Place};
+use crate::stamp::page::{self, FREE_WORD, Part, Place};
 use crate::workload::{self, ControlFile, Files, Order, Poll, StatusLog};
 use pattern::Walk;
 use samples::Recorder;
 
 const FIRST: Place = Place { process: 0, part: Part::Writers, page: 0 };
 const GENERATION: u32 = 1;
+/// Set in a page's free word by a write; what was there before is still known.
+const WRITTEN: u64 = 1 << 63;
+/// A gap this long in the sampling thread's clock is taken for the move.
+const MOVED_GAP_NS: u64 = 20_000_000;
+/// Between two looks at how much memory is there.
+const PRESENCE_INTERVAL_NS: u64 = 5_000_000;
 /// Period of the control thread while it waits for the start, and afterwards.
 const WAITING_TICK: Duration = Duration::from_millis(1);
 const READING_TICK: Duration = Duration::from_millis(20);
@@ -48,23 +56,44 @@ const LOOK: Duration = Duration::from_millis(1);
 /// pattern.
 const SPIN_NS_MAX: u64 = 200_000;
 
+/// What is done with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Access {
+    /// A word of it is read
+    Read,
+    /// A word of it is changed
+    Write,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        })
+    }
+}
+
 /// What the fault-latency workload is to do.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// Memory to fill and read
     #[arg(long, default_value_t = 256)]
     pub mib: usize,
-    /// Order of the reads
+    /// Order of the accesses
     #[arg(long, value_enum, default_value_t = Pattern::Random)]
     pub pattern: Pattern,
+    /// What is done with each page
+    #[arg(long, value_enum, default_value_t = Access::Read)]
+    pub access: Access,
     /// Distance for --pattern stride
     #[arg(long, default_value_t = 16)]
     pub stride_pages: u64,
-    /// Time from the start of one read of a thread to the start of the next; 0: back to back. A read that takes
+    /// Time from the start of one access of a thread to the start of the next; 0: back to back. One that takes
     /// longer delays the next ones. Up to 200 us are waited for by spinning
     #[arg(long, default_value_t = 0)]
     pub interval_us: u64,
-    /// Threads that share the reads
+    /// Threads that share the accesses
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
     /// Where the samples go; a path in /dev/shm records without any disk
@@ -88,6 +117,7 @@ impl Options {
         Self {
             mib: 256,
             pattern: Pattern::Random,
+            access: Access::Read,
             stride_pages: 16,
             interval_us: 0,
             threads: 1,
@@ -104,6 +134,8 @@ struct Shared {
     region: Region,
     recorder: Recorder,
     walk: Walk,
+    access: Access,
+    threads: u64,
     interval_ns: u64,
     started_ns: std::sync::atomic::AtomicU64,
     start: Barrier,
@@ -132,13 +164,21 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     };
     let recorder = Recorder::create(&std::path::absolute(&options.samples_file)?, plan)?;
     let region = Region::anonymous(pages)?;
-    for page in 0..pages {
+    let walk = Walk::new(options.pattern, plan.pages, options.stride_pages);
+    for place in 0..plan.pages {
+        // In their order, except where one is visited more often: then from first to last.
+        let number = if options.pattern.is_complete() { walk.at(place) } else { place };
+        let page = usize::try_from(number)?;
         page::write_full(region.page(page), FIRST.offset(page), GENERATION, 0);
+        let word = free_word(&walk, plan.threads, place, number);
+        region.page(page)[FREE_WORD].store(word, Relaxed);
     }
     let shared = Arc::new(Shared {
         region,
         recorder,
-        walk: Walk::new(options.pattern, plan.pages, options.stride_pages),
+        walk,
+        access: options.access,
+        threads: plan.threads,
         interval_ns: plan.interval_ns,
         started_ns: 0.into(),
         start: Barrier::new(options.threads + 1),
@@ -147,7 +187,20 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     });
     // All threads are made before the move: making one afterwards would fault on more than the page to measure.
     let sampler = spawn(&shared, watch_clock);
-    let readers: Vec<_> = (0..options.threads).map(|_| spawn(&shared, read_pages)).collect();
+    let chase = options.pattern == Pattern::Chase;
+    let readers: Vec<_> = (0..plan.threads)
+        .map(|thread| {
+            spawn(&shared, move |shared| {
+                shared.start.wait();
+                if chase {
+                    chase_pages(shared, thread)
+                } else {
+                    visit_pages(shared)
+                }
+                shared.readers_left.fetch_sub(1, SeqCst);
+            })
+        })
+        .collect();
     shared.recorder.set_state(State::Waiting);
     log.line(&format!("READY id=0 pid={} pages={pages}", id()));
     let mut control = ControlFile::new(files.control);
@@ -174,7 +227,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(u8::from(wrong > 0)))
 }
 
-fn spawn(shared: &Arc<Shared>, body: fn(&Shared)) -> JoinHandle<()> {
+fn spawn(shared: &Arc<Shared>, body: impl FnOnce(&Shared) + Send + 'static) -> JoinHandle<()> {
     let shared = Arc::clone(shared);
     std::thread::spawn(move || body(&shared))
 }
@@ -197,7 +250,7 @@ fn wait_start(shared: &Shared, options: &Options, control: &mut ControlFile) -> 
     Some(0)
 }
 
-/// Waits until every page was read or the order to quit came; its number, or 0.
+/// Waits until every page was accessed or the order to quit came; its number, or 0.
 fn wait_end(shared: &Shared, options: &Options, control: &mut ControlFile) -> u64 {
     for _ in 0..options.seconds.saturating_mul(50) {
         match control.poll() {
@@ -216,41 +269,105 @@ fn wait_end(shared: &Shared, options: &Options, control: &mut ControlFile) -> u6
 /// The sampling thread.
 fn watch_clock(shared: &Shared) {
     let mut last = wall_ns();
+    let mut presence_at = None;
     while !shared.stop.load(Relaxed) {
         let now = wall_ns();
         shared.recorder.gap(last, now);
+        if now.saturating_sub(last) >= MOVED_GAP_NS {
+            presence_at = Some(now);
+        }
         last = now;
+        // Not before the move: a file that is open while CRIU dumps would have to be there afterwards.
+        if presence_at.is_some_and(|at| at <= now) {
+            presence_at = Some(now + PRESENCE_INTERVAL_NS);
+            if let Some(pages) = anonymous_pages() {
+                shared.recorder.presence(Presence { wall_ns: now, pages });
+            }
+        }
         std::thread::sleep(LOOK);
     }
 }
 
-/// A reading thread.
-fn read_pages(shared: &Shared) {
-    shared.start.wait();
-    let started = shared.started_ns.load(SeqCst);
-    let mut last_begun = None;
-    let next = || if shared.stop.load(Relaxed) { None } else { shared.recorder.take() };
-    while let Some(index) = next() {
-        if let Some(last) = last_begun {
-            wait_interval(last, shared.interval_ns);
+/// Anonymous pages of this process that are there: resident less shared and file pages.
+fn anonymous_pages() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let mut fields = text.split_whitespace().skip(1);
+    let resident: u64 = fields.next()?.parse().ok()?;
+    Some(resident.saturating_sub(fields.next()?.parse().ok()?))
+}
+
+/// What the free word of page `number`, at `place` of the walk, holds: for a chase the page that the same thread
+/// visits next, otherwise the number of the page.
+fn free_word(walk: &Walk, threads: u64, place: u64, number: u64) -> u64 {
+    match walk.pattern() {
+        // The last one of a thread points at the first page: nobody goes there.
+        Pattern::Chase => {
+            Some(place + threads).filter(|next| *next < walk.pages()).map_or(0, |next| walk.at(next))
         }
-        let number = shared.walk.at(index);
-        let page = usize::try_from(number).unwrap_or(usize::MAX);
-        let words = shared.region.page(page);
-        let begun = monotonic_ns();
-        std::hint::black_box(words[0].load(SeqCst));
-        let ended = monotonic_ns();
-        last_begun = Some(begun);
-        let wrong = page::verify(words, FIRST.offset(page), GENERATION).is_some();
-        let sample = Sample {
-            t_ns: begun.saturating_sub(started),
-            latency_ns: ended.saturating_sub(begun),
-            page: number,
-            wrong,
-        };
-        shared.recorder.record(index, sample);
+        _ => number,
     }
-    shared.readers_left.fetch_sub(1, SeqCst);
+}
+
+/// A thread that takes the next place of the walk again and again, together with the others.
+fn visit_pages(shared: &Shared) {
+    let mut clock = AccessClock::new(shared);
+    let next = || if shared.stop.load(Relaxed) { None } else { shared.recorder.take() };
+    while let Some(place) = next() {
+        let number = shared.walk.at(place);
+        let expected = free_word(&shared.walk, shared.threads, place, number);
+        let (mut sample, found) = clock.access(number);
+        sample.wrong |= found != expected;
+        shared.recorder.record(place, sample);
+    }
+}
+
+/// A thread that goes where each page says, from the one at place `thread` of the walk: every `threads`-th place.
+fn chase_pages(shared: &Shared, thread: u64) {
+    let mut clock = AccessClock::new(shared);
+    let mut place = thread;
+    let mut number = if place < shared.walk.pages() { shared.walk.at(place) } else { 0 };
+    while place < shared.walk.pages() && !shared.stop.load(Relaxed) {
+        let Some(slot) = shared.recorder.take() else { return };
+        let (mut sample, next) = clock.access(number);
+        // A page that points elsewhere is wrong; the way goes on where it should have.
+        let expected = free_word(&shared.walk, shared.threads, place, number);
+        sample.wrong |= next != expected;
+        shared.recorder.record(slot, sample);
+        number = if next == expected { next } else { expected };
+        place += shared.threads;
+    }
+}
+
+/// Accesses pages at the pace of the plan, measures them and checks them.
+struct AccessClock<'a> {
+    shared: &'a Shared,
+    started_ns: u64,
+    last_begun: Option<u64>,
+}
+
+impl<'a> AccessClock<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        Self { shared, started_ns: shared.started_ns.load(SeqCst), last_begun: None }
+    }
+
+    /// Accesses page `number`; also returns what its free word held.
+    fn access(&mut self, number: u64) -> (Sample, u64) {
+        if let Some(last) = self.last_begun {
+            wait_interval(last, self.shared.interval_ns);
+        }
+        let page = usize::try_from(number).unwrap_or(usize::MAX);
+        let words = self.shared.region.page(page);
+        let begun = monotonic_ns();
+        let found = match self.shared.access {
+            Access::Read => words[FREE_WORD].load(SeqCst),
+            Access::Write => words[FREE_WORD].fetch_or(WRITTEN, SeqCst),
+        };
+        let ended = monotonic_ns();
+        self.last_begun = Some(begun);
+        let wrong = page::verify(words, FIRST.offset(page), GENERATION).is_some();
+        let t_ns = begun.saturating_sub(self.started_ns);
+        (Sample { t_ns, latency_ns: ended.saturating_sub(begun), page: number, wrong }, found & !WRITTEN)
+    }
 }
 
 /// Waits until `interval_ns` after `last`; not at all if that is past.

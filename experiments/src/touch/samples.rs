@@ -6,8 +6,9 @@
 //!
 //! ```text
 //! page 0, one word each   magic  version  capacity  count  state  wrong  started_ns  ended_ns
-//!                         gap_ns  gap_from_ns  gap_to_ns  pages  interval_ns  threads
-//! page 1 ...              per sample: t_ns  latency_ns  page  wrong
+//!                         gap_ns  gap_from_ns  gap_to_ns  pages  interval_ns  threads  presences
+//! page 1 to 16            per look at the memory: wall_ns  pages
+//! page 17 ...             per sample: t_ns  latency_ns  page  wrong
 //! ```
 //!
 //! `t_ns` counts from the start; it and the latencies are `CLOCK_MONOTONIC`. The other times, which are compared with
@@ -25,9 +26,14 @@ use hdrhistogram::Histogram;
 use kernel::arena::{Region, WORDS_PER_PAGE};
 
 const MAGIC: u64 = 0x544f_5543_4853_4d50;
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 const SAMPLE_WORDS: usize = 4;
 const SAMPLES_PER_PAGE: usize = WORDS_PER_PAGE / SAMPLE_WORDS;
+const PRESENCE_WORDS: usize = 2;
+const PRESENCES_PER_PAGE: usize = WORDS_PER_PAGE / PRESENCE_WORDS;
+/// Pages for looks at the memory: 4096 of them, 20 s at one per 5 ms. Later ones are left out.
+const PRESENCE_PAGES: usize = 16;
+const FIRST_SAMPLE_PAGE: usize = 1 + PRESENCE_PAGES;
 
 /// A word of the header.
 #[derive(Clone, Copy)]
@@ -46,9 +52,10 @@ enum Word {
     Pages,
     Interval,
     Threads,
+    Presences,
 }
 
-const HEADER_WORDS: usize = Word::Threads as usize + 1;
+const HEADER_WORDS: usize = Word::Presences as usize + 1;
 
 /// How far the workload is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +95,7 @@ impl Recorder {
     /// Makes the file with room for one sample per page, and touches all of it.
     pub(super) fn create(path: &Path, plan: Plan) -> anyhow::Result<Self> {
         let capacity = plan.pages;
-        let pages = 1 + usize::try_from(capacity)?.div_ceil(SAMPLES_PER_PAGE);
+        let pages = FIRST_SAMPLE_PAGE + usize::try_from(capacity)?.div_ceil(SAMPLES_PER_PAGE);
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path);
         let file = file.with_context(|| format!("creating {path:?}"))?;
         file.set_len(protocol::units::pages_to_bytes(u64::try_from(pages)?))?;
@@ -145,7 +152,7 @@ impl Recorder {
     pub(super) fn record(&self, index: u64, sample: Sample) {
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         let at = index % SAMPLES_PER_PAGE * SAMPLE_WORDS;
-        let words = &self.region.page(1 + index / SAMPLES_PER_PAGE)[at..at + SAMPLE_WORDS];
+        let words = &self.region.page(FIRST_SAMPLE_PAGE + index / SAMPLES_PER_PAGE)[at..at + SAMPLE_WORDS];
         let values = [sample.t_ns, sample.latency_ns, sample.page, u64::from(sample.wrong)];
         for (word, value) in words.iter().zip(values) {
             word.store(value, Relaxed);
@@ -165,6 +172,20 @@ impl Recorder {
         }
     }
 
+    /// Notes how much memory is there. Called by one thread only.
+    pub(super) fn presence(&self, presence: Presence) {
+        let count = self.word(Word::Presences).load(Relaxed);
+        let index = usize::try_from(count).unwrap_or(usize::MAX);
+        if index >= PRESENCE_PAGES * PRESENCES_PER_PAGE {
+            return;
+        }
+        let at = index % PRESENCES_PER_PAGE * PRESENCE_WORDS;
+        let words = self.region.page(1 + index / PRESENCES_PER_PAGE);
+        words[at].store(presence.wall_ns, Relaxed);
+        words[at + 1].store(presence.pages, Relaxed);
+        self.word(Word::Presences).store(count + 1, Release);
+    }
+
     /// The longest gap so far.
     pub(super) fn gap_ns(&self) -> u64 {
         self.word(Word::Gap).load(Relaxed)
@@ -180,12 +201,21 @@ impl Recorder {
     }
 }
 
-/// One read of one page that nobody had read since the start.
+/// How much of the memory was there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Presence {
+    /// When, as `CLOCK_REALTIME`.
+    pub wall_ns: u64,
+    /// Anonymous pages of the whole process that were resident.
+    pub pages: u64,
+}
+
+/// One access to one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
     /// When it began, counted from the start.
     pub t_ns: u64,
-    /// How long the read of one word took.
+    /// How long the access to one word took.
     pub latency_ns: u64,
     /// Which page.
     pub page: u64,
@@ -211,8 +241,10 @@ pub struct Samples {
     pub gap_from_ns: u64,
     /// Its first look after the gap.
     pub gap_to_ns: u64,
-    /// The reads in the order they were begun.
+    /// The accesses in the order they were begun.
     pub samples: Vec<Sample>,
+    /// How much memory was there, every few milliseconds since the move.
+    pub presences: Vec<Presence>,
 }
 
 impl Samples {
@@ -230,7 +262,10 @@ impl Samples {
         );
         let word = |word: Word| words[..HEADER_WORDS][word as usize];
         let count = usize::try_from(word(Word::Count).min(word(Word::Capacity)))?;
-        let rows = words[WORDS_PER_PAGE..].chunks_exact(SAMPLE_WORDS);
+        let (looks, rows) = words[WORDS_PER_PAGE..]
+            .split_at_checked(PRESENCE_PAGES * WORDS_PER_PAGE)
+            .with_context(|| format!("{path:?} is too short"))?;
+        let rows = rows.chunks_exact(SAMPLE_WORDS);
         ensure!(count <= rows.len(), "{path:?} ends before its last sample");
         let state = State::ALL.get(usize::try_from(word(Word::State))?).context("unknown state")?;
         let sample =
@@ -248,6 +283,11 @@ impl Samples {
             gap_from_ns: word(Word::GapFrom),
             gap_to_ns: word(Word::GapTo),
             samples: rows.take(count).map(sample).collect(),
+            presences: looks
+                .chunks_exact(PRESENCE_WORDS)
+                .take(usize::try_from(word(Word::Presences))?)
+                .map(|look| Presence { wall_ns: look[0], pages: look[1] })
+                .collect(),
         })
     }
 
@@ -298,6 +338,7 @@ mod tests {
         assert_eq!(Samples::read(&path).unwrap().state, State::Filling);
         recorder.gap(10, 15);
         recorder.gap(20, 23);
+        recorder.presence(Presence { wall_ns: 30, pages: 3 });
         recorder.start(1000);
         while let Some(index) = recorder.take() {
             let sample = Sample { t_ns: index, latency_ns: index * 10, page: 299 - index, wrong: index == 7 };
@@ -308,12 +349,24 @@ mod tests {
         let read = Samples::read(&path).unwrap();
         assert_eq!((read.state, read.plan, read.samples.len(), read.wrong()), (State::Done, plan, 300, 1));
         assert_eq!((read.gap_ns, read.gap_from_ns, read.gap_to_ns), (5, 10, 15));
+        assert_eq!(read.presences, [Presence { wall_ns: 30, pages: 3 }]);
         let sample = Sample { t_ns: 299, latency_ns: 2990, page: 0, wrong: false };
         assert_eq!(read.samples[299], sample);
         assert_eq!(read.histogram(1000).unwrap().len(), 200);
         let csv = dir.path().join("csv");
         read.write_csv(&csv).unwrap();
         assert_eq!(std::fs::read_to_string(csv).unwrap().lines().nth(8), Some("7,70,292,1"));
+    }
+
+    #[test]
+    fn looks_at_the_memory_beyond_the_room_for_them_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("samples");
+        let recorder = Recorder::create(&path, Plan { pages: 1, interval_ns: 0, threads: 1 }).unwrap();
+        (0..5000).for_each(|at| recorder.presence(Presence { wall_ns: at, pages: at }));
+        let read = Samples::read(&path).unwrap();
+        assert_eq!(read.presences.len(), PRESENCE_PAGES * PRESENCES_PER_PAGE);
+        assert_eq!(read.presences.last().map(|last| last.pages), Some(4095));
     }
 
     #[test]

@@ -3,106 +3,95 @@
 use std::fmt::Write as _;
 
 use super::Load;
-use super::contender::{Contender, Row, Setting};
+use crate::page::{self, against_floors, cell, find, latencies};
+use crate::results::{Folder, Group};
 
-/// A column: what it is called and where it stands in a row.
-type Column = (&'static str, fn(&Row) -> f64);
-
-const COLUMNS: [Column; 10] = [
-    ("fault mean us", |row| row.latency.mean),
-    ("p50 us", |row| row.latency.p50),
-    ("p99 us", |row| row.latency.p99),
-    ("max us", |row| row.latency.max),
-    ("last page ms", |row| row.last_page_ms),
-    ("blackout ms", |row| row.blackout_ms),
-    ("source CPU s/GiB", |row| row.source_cpu_s_per_gib),
-    ("destination CPU s/GiB", |row| row.destination_cpu_s_per_gib),
-    ("source peak MiB", |row| row.source_peak_mib),
-    ("destination peak MiB", |row| row.destination_peak_mib),
+/// The rows of a table: what they are called and the column they come from.
+const ROWS: [(&str, &str); 10] = [
+    ("fault mean us", "mean_us"),
+    ("p50 us", "p50_us"),
+    ("p99 us", "p99_us"),
+    ("max us", "max_us"),
+    ("last page ms", "last_page_ms"),
+    ("blackout ms", "blackout_ms"),
+    ("source CPU s/GiB", "source_cpu_s_per_gib"),
+    ("destination CPU s/GiB", "destination_cpu_s_per_gib"),
+    ("source peak MiB", "source_peak_mib"),
+    ("destination peak MiB", "destination_peak_mib"),
 ];
 
-/// The middle of `values` (the lower one of two), the least and the largest.
-fn spread(mut values: Vec<f64>) -> Option<(f64, f64, f64)> {
-    // Of a run that was cut not everything is known.
-    values.retain(|value| !value.is_nan());
-    values.sort_by(f64::total_cmp);
-    let middle = values.len().checked_sub(1)? / 2;
-    Some((values[middle], values[0], values[values.len() - 1]))
-}
-
-fn number(value: f64) -> String {
-    if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") }
-}
-
-/// The tables of what was measured so far.
-pub(super) fn markdown(rows: &[Row], setting: &Setting) -> String {
-    let mut out = format!("# vs-criu: ours and CRIU {} in one run\n", setting.criu_version);
-    let mut sizes: Vec<usize> = rows.iter().map(|row| row.mib).collect();
+/// A table per size and load of what was measured so far, and the latencies.
+pub(super) fn page(folder: &Folder) -> anyhow::Result<String> {
+    let mut text = format!("# vs-criu: ours and CRIU {} in one run\n", folder.environment.get("criu"));
+    let groups = folder.table.groups();
+    let mut sizes: Vec<&str> = groups.iter().map(|group| group.value("mib")).collect();
+    sizes.sort_by_key(|size| size.parse::<usize>().unwrap_or(0));
     sizes.dedup();
-    // Writing to a String cannot fail.
     for mib in sizes {
-        for load in Load::ALL {
-            let of = |contender: Contender| {
-                rows.iter()
-                    .filter(|row| row.mib == mib && row.load == load && row.contender == contender)
-                    .collect::<Vec<_>>()
-            };
-            let (ours, criu) = (of(Contender::Ours), of(Contender::Criu));
-            if ours.is_empty() && criu.is_empty() {
+        for load in Load::ALL.map(Load::name) {
+            let of = |contender| find(&groups, &[("contender", contender), ("mib", mib), ("load", load)]);
+            let (ours, criu) = (of("ours"), of("criu"));
+            if ours.is_none() && criu.is_none() {
                 continue;
             }
-            let runs = ours.len().min(criu.len());
-            let _ = writeln!(out, "\n## {mib} MiB, {}, {runs} runs each\n", load.name());
-            let _ =
-                writeln!(out, "| median (least - largest) | ours | criu | ours / criu |\n|---|---|---|---|");
-            for (name, value) in COLUMNS {
-                let side = |rows: &[&Row]| spread(rows.iter().map(|row| value(row)).collect());
-                let shown = |side: Option<(f64, f64, f64)>| {
-                    side.map_or_else(String::new, |(middle, least, most)| {
-                        format!("{} ({} - {})", number(middle), number(least), number(most))
-                    })
-                };
-                let (a, b) = (side(&ours), side(&criu));
-                if a.is_some_and(|a| a.2 == 0.0) && b.is_some_and(|b| b.2 == 0.0) {
-                    continue;
-                }
-                let ratio = match (a, b) {
-                    (Some(a), Some(b)) if b.0 > 0.0 => format!("{:.2}", a.0 / b.0),
-                    _ => String::new(),
-                };
-                let _ = writeln!(out, "| {name} | {} | {} | {ratio} |", shown(a), shown(b));
-            }
-            let cut = criu.iter().filter(|row| row.cut).count();
-            if cut > 0 {
-                let _ = writeln!(
-                    out,
-                    "\n{cut} of CRIU's runs were cut before their last page, which counts as that moment; their \
-                     processor time is left out."
-                );
-            }
-            let own = spread(ours.iter().filter_map(|row| row.own_share_ms).collect());
-            if let Some((middle, least, most)) = own {
-                let _ = writeln!(
-                    out,
-                    "\nOur own share of the blackout (less CRIU's dump and restore): {} ms ({} - {}).",
-                    number(middle),
-                    number(least),
-                    number(most)
-                );
-            }
+            text += &table(&format!("{mib} MiB, {load}"), ours, criu);
+            let this = |group: &Group<'_>| group.value("mib") == mib && group.value("load") == load;
+            text += &latencies(folder, &format!("{mib} MiB {load}"), this, |group| {
+                group.value("contender").to_owned()
+            })?;
         }
     }
-    out
+    Ok(text + &against_floors(folder)?)
+}
+
+fn table(title: &str, ours: Option<&Group<'_>>, criu: Option<&Group<'_>>) -> String {
+    let runs = |group: Option<&Group<'_>>| group.map_or(0, |group| group.rows.len());
+    let mut text = format!("\n## {title}, {} runs each\n\n", runs(ours).min(runs(criu)));
+    text += "| median (least - largest) | ours | criu | ours / criu |\n|---|---|---|---|\n";
+    for (name, column) in ROWS {
+        let [a, b] = [ours, criu].map(|group| group.and_then(|group| group.spread(column)));
+        if a.is_none_or(|a| a.most == 0.0) && b.is_none_or(|b| b.most == 0.0) {
+            continue;
+        }
+        let [shown_a, shown_b] =
+            [a, b].map(|spread| spread.map(|spread| spread.to_string()).unwrap_or_default());
+        let _ = writeln!(text, "| {name} | {shown_a} | {shown_b} | {} |", cell(page::ratio(a, b))); // into a String
+    }
+    let cut = criu.map_or(0, |criu| criu.numbers("cut").into_iter().filter(|cut| *cut > 0.0).count());
+    if cut > 0 {
+        let _ = writeln!(
+            text,
+            "\n{cut} of CRIU's runs were cut before their last page, which counts as that moment; their processor \
+             time is left out."
+        );
+    }
+    if let Some(own) = ours.and_then(|ours| ours.spread("own_share_ms")) {
+        let _ = writeln!(text, "\nOur own share of the blackout (less CRIU's dump and restore): {own} ms.");
+    }
+    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::results::{Results, Row};
 
     #[test]
-    fn the_middle_and_the_ends() {
-        assert_eq!(spread(vec![3.0, 1.0, 2.0]), Some((2.0, 1.0, 3.0)));
-        assert_eq!(spread(vec![4.0, 1.0]), Some((1.0, 1.0, 4.0)));
-        assert_eq!(spread(vec![]), None);
+    fn both_stand_side_by_side_with_their_ratio() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut results = Results::create(dir.path(), "vs-criu", &[("criu", "4.2".to_owned())]).unwrap();
+        for (contender, last_page) in [("ours", 400.0), ("criu", 8000.0)] {
+            let names = ["contender", "mib", "load"].into_iter();
+            let case = names.zip([contender, "512", "idle"].map(str::to_owned)).collect();
+            let mut row = Row::new(case, 1);
+            row.push("mean_us", None);
+            row.push("last_page_ms", last_page);
+            row.push("own_share_ms", (contender == "ours").then_some(12.0));
+            results.add(&row).unwrap();
+        }
+        let text = page(&Folder::open(dir.path()).unwrap()).unwrap();
+        assert!(text.contains("CRIU 4.2") && text.contains("## 512 MiB, idle, 1 runs each"), "{text}");
+        assert!(text.contains("| last page ms | 400 | 8000 | 0.050 |"), "{text}");
+        assert!(text.contains("12.0 ms") && !text.contains("fault mean"), "{text}");
     }
 }

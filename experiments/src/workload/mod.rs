@@ -11,6 +11,7 @@
 //! and FIFOs would each need something of CRIU that is not what these experiments are about.
 
 mod process;
+mod spin;
 mod status;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use nix::unistd::{getpid, getsid, setsid};
 
 pub use process::Process;
 pub(crate) use process::wait_readable;
+pub use spin::{BusyCores, SpinOptions, spin};
 pub use status::{Command, ControlFile, Order, Poll, StatusLog, field};
 
 /// The two files between a workload and whoever steers it.
