@@ -3,7 +3,7 @@
 //! - [`workload`]: what every workload shares: status lines, orders, starting and steering it
 //! - [`stamp`]: a process that knows what must be in every page of its memory
 //! - [`touch`]: a process that measures its first read of each page
-//! - [`lab`]: hosts that are network namespaces
+//! - [`lab`]: hosts that are network namespaces; [`emulator`]: links with delay and loss between them
 //! - [`redis`], [`kv`]: a server to move and a client that checks every reply
 //! - [`report`]: what the two sides of a move report, and latencies
 //! - [`demo`]: a redis under load moves, and its client keeps its connection
@@ -21,6 +21,7 @@ pub mod campaign;
 pub mod cli;
 pub mod clock;
 pub mod demo;
+pub mod emulator;
 pub mod floors;
 pub mod kv;
 pub mod lab;
