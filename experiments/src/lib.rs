@@ -13,6 +13,8 @@
 //! - [`scenario`]: the experiments by name
 //! - [`floors`]: what the machine can do at best
 //! - [`sweep`]: fault latency by pattern, push rate, store and size; [`vs_criu`]: ours beside CRIU's own lazy pages
+//! - [`crossing`]: a move between two hosts of a lab; [`timeline`]: what happened when, in bins
+//! - [`links`]: kinds of link over delay and loss; [`stream`]: a bulk stream; [`kv_move`]: the clients of a redis
 //! - [`cli`]: the command line of the `experiments` binary
 //! - [`random`], [`clock`]: numbers that can be repeated, time that can be compared
 #![forbid(unsafe_code)]
@@ -20,11 +22,14 @@
 pub mod campaign;
 pub mod cli;
 pub mod clock;
+pub mod crossing;
 pub mod demo;
 pub mod emulator;
 pub mod floors;
 pub mod kv;
+pub mod kv_move;
 pub mod lab;
+pub mod links;
 pub mod moving;
 pub mod page;
 pub mod plot;
@@ -34,7 +39,9 @@ pub mod report;
 pub mod results;
 pub mod scenario;
 pub mod stamp;
+pub mod stream;
 pub mod sweep;
+pub mod timeline;
 pub mod tool;
 pub mod touch;
 pub mod vs_criu;
