@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::report::MoveReport;
 use crate::scenario::RunOptions;
 use crate::workload::report_failure;
-use crate::{demo, kv, page, scenario, stamp, stream, touch};
+use crate::{demo, kv, page, scenario, stamp, stream, touch, vs_qemu};
 
 /// Workloads, fault-latency experiments and the demo of post-copy migration.
 #[derive(Debug, Parser)]
@@ -82,6 +82,8 @@ enum Workload {
     Touch(touch::Options),
     /// Send memory over one connection
     StreamServer(stream::Options),
+    /// Be the only program of a virtual machine
+    Guest(vs_qemu::Options),
     /// Load a redis over one connection and check every reply
     KvClient(kv::Options),
 }
@@ -92,6 +94,7 @@ impl Workload {
             Self::Stamp(options) => report_failure(&options.files, stamp::run(&options)),
             Self::Touch(options) => report_failure(&options.files, touch::run(&options)),
             Self::StreamServer(options) => report_failure(&options.files, stream::serve(&options)),
+            Self::Guest(options) => vs_qemu::run_guest(&options),
             Self::KvClient(options) => report_failure(&options.files, kv::run(&options)),
         }
     }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::net::Ipv4Addr;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -114,6 +115,8 @@ impl Crossing<'_> {
 
     /// What both tools are told alike, at the end of their command lines.
     fn finish(&self, command: &mut Command, side: &str) -> anyhow::Result<()> {
+        // A process group of its own: Ctrl-C is for the experiment, which lets the run in hand end.
+        command.process_group(0);
         let work_dir = self.dir.join(side);
         fs::create_dir_all(&work_dir).with_context(|| format!("creating {work_dir:?}"))?;
         command.arg("--work-dir").arg(work_dir).arg("--criu").arg(self.criu);
