@@ -23,9 +23,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kernel::tun::Tun;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
-use nix::unistd::pipe;
+use nix::unistd::pipe2;
 
 pub use line::{Fate, Line};
 
@@ -107,8 +108,9 @@ impl Emulator {
     /// If there can be no more descriptors or threads.
     pub fn start(ends: [Tun; 2], model: Model) -> io::Result<Self> {
         let ends = ends.map(Arc::new);
-        // Nothing is ever written: the threads see the end of the pipe when this value drops.
-        let (stopped, stop) = pipe()?;
+        // Nothing is ever written: the threads see the end of the pipe when this value drops. A program that is
+        // started meanwhile must not have the other end.
+        let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
         let stopped = Arc::new(stopped);
         let mut emulator = Self { stop: Some(stop), threads: Vec::new(), counters: Default::default() };
         for direction in [0, 1] {

@@ -92,7 +92,7 @@ impl fmt::Display for Condition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.wire_name())?;
         if matches!(self, Self::Emulated { .. }) {
-            write!(f, ", delay {} ms, loss {} %", self.delay_ms(), self.loss_percent())?;
+            write!(f, " delay={}ms loss={}%", self.delay_ms(), self.loss_percent())?;
         }
         Ok(())
     }
@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(names.len(), 20);
         names.dedup();
         assert_eq!(names.len(), all.len());
-        assert!(names.contains(&"emulated 1 Gbit/s, delay 0.1 ms, loss 0.5 %".to_owned()), "{names:?}");
+        assert!(names.contains(&"emulated 1 Gbit/s delay=0.1ms loss=0.5%".to_owned()), "{names:?}");
         assert!(all.contains(&Condition::SMOKE));
         let Wire::Emulated(model) = Condition::SMOKE.wire(3) else { panic!("not emulated") };
         assert_eq!((model.delay, model.seed), (Duration::from_millis(1), 3));

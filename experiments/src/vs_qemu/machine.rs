@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use kernel::spawn::CommandSetup;
 
 use super::cpio::Archive;
 use super::guest::MARK;
@@ -19,13 +20,49 @@ pub(super) const QEMU: &str = "qemu-system-x86_64";
 /// Memory of the guest besides what is measured: kernel, initramfs (twice while it is unpacked), page tables.
 const MORE_MIB: usize = 256;
 const START_LIMIT: Duration = Duration::from_secs(20);
-const LINE_LIMIT: Duration = Duration::from_secs(120);
+/// Of a guest that boots, fills its memory or reads it, translated at that.
+const LINE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What machines are made from.
 #[derive(Clone, Debug)]
 pub(super) struct Parts {
     kernel: PathBuf,
     initramfs: PathBuf,
+    pub(super) accelerator: Accelerator,
+}
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accelerator {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator. A read that waits for its page waits in the same way; others take longer.
+    Tcg,
+}
+
+impl Accelerator {
+    /// The processor where it can. A `/dev/kvm` alone does not say so: without the hardware's help there may be a KVM
+    /// that takes only guests made for it.
+    fn find() -> Self {
+        let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let has_help = cpus.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+        let opens = || std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        if has_help && opens() { Self::Kvm } else { Self::Tcg }
+    }
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    const fn cpu(self) -> &'static str {
+        match self {
+            Self::Kvm => "host",
+            Self::Tcg => "max",
+        }
+    }
 }
 
 impl Parts {
@@ -34,15 +71,12 @@ impl Parts {
         if !is_installed(QEMU) {
             return Err(format!("there is no {QEMU}; scripts/setup --qemu installs it"));
         }
-        if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-            return Err("/dev/kvm cannot be opened: no virtual machines here".to_owned());
-        }
         let own = std::env::current_exe().unwrap_or_default();
         let places = own.ancestors().skip(2).take(2).map(|dir| dir.join("guest-kernel/vmlinuz"));
         let mut places = places.chain([PathBuf::from("target/guest-kernel/vmlinuz")]);
-        places.find(|path| path.exists()).ok_or_else(|| {
-            "there is no kernel for the guest; scripts/setup --qemu fetches it".to_owned()
-        })
+        places
+            .find(|path| path.exists())
+            .ok_or_else(|| "there is no kernel for the guest; scripts/setup --qemu fetches it".to_owned())
     }
 
     /// Makes the guest's root file system, in `dir`: this program as the first process, and what it is linked with.
@@ -51,7 +85,8 @@ impl Parts {
         let mut archive = Archive::default();
         let mut made: Vec<PathBuf> = Vec::new();
         let mut directories = |archive: &mut Archive, path: &Path| {
-            let mut parents: Vec<&Path> = path.ancestors().skip(1).filter(|dir| dir.parent().is_some()).collect();
+            let mut parents: Vec<&Path> =
+                path.ancestors().skip(1).filter(|dir| dir.parent().is_some()).collect();
             parents.reverse();
             for parent in parents {
                 if !made.iter().any(|dir| dir == parent) {
@@ -69,7 +104,7 @@ impl Parts {
         }
         let initramfs = dir.join("initramfs");
         std::fs::write(&initramfs, archive.finish())?;
-        Ok(Self { kernel, initramfs })
+        Ok(Self { kernel, initramfs, accelerator: Accelerator::find() })
     }
 }
 
@@ -100,12 +135,21 @@ pub(super) struct Machine {
 
 impl Machine {
     /// Starts one; `name` names its files in `dir`. An incoming one waits for a migration.
-    pub(super) fn start(parts: &Parts, name: &str, mib: usize, is_incoming: bool, dir: &Path) -> anyhow::Result<Self> {
+    pub(super) fn start(
+        parts: &Parts,
+        name: &str,
+        mib: usize,
+        is_incoming: bool,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
         let [control, console] = ["control", "console"].map(|what| dir.join(format!("{name}.{what}")));
         let mut command = Command::new(QEMU);
-        command.process_group(0); // Ctrl-C is for the experiment, which lets the run in hand end
+        // Ctrl-C is for the experiment, which lets the run in hand end; a machine has no end of its own.
+        command.process_group(0).die_with_parent();
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"]);
-        command.args(["-machine", "pc,accel=kvm", "-cpu", "host", "-m", &format!("{}M", mib + MORE_MIB)]);
+        let accelerator = parts.accelerator;
+        command.args(["-machine", &format!("pc,accel={}", accelerator.name()), "-cpu", accelerator.cpu()]);
+        command.args(["-m", &format!("{}M", mib + MORE_MIB)]);
         command.arg("-kernel").arg(&parts.kernel).arg("-initrd").arg(&parts.initramfs);
         // No huge pages: they would be split at the migration, and the measured reads are of 4 KiB pages.
         let kernel_line = "console=ttyS0 quiet panic=-1 transparent_hugepage=never";
@@ -128,7 +172,10 @@ impl Machine {
         let mut said = String::new();
         loop {
             let mut line = Vec::new();
-            let read = self.console.read_until(b'\n', &mut line).with_context(|| format!("the guest said {said:?}"))?;
+            let read = self
+                .console
+                .read_until(b'\n', &mut line)
+                .with_context(|| format!("the guest said {said:?}"))?;
             ensure!(read > 0, "the console was closed: {said:?}: {}", self.tool.last_lines());
             let line = String::from_utf8_lossy(&line).trim().to_owned();
             if let Some((_, line)) = line.split_once(MARK) {

@@ -106,6 +106,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     let groups: Vec<Vec<Case>> = backgrounds.iter().map(group).collect();
     let mut versions = programs.versions();
     versions.push(("qemu", version()?));
+    versions.push(("accelerator", parts.accelerator.name().to_owned()));
     let mut campaign = Campaign::begin("vs-qemu", options, common, &versions)?;
     campaign.measure(&groups, options.runs_or(5), |case, run, results| match case.mover {
         "qemu" => qemu(*case, run, &parts, results),

@@ -31,7 +31,8 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
         ); // into a String
         for (name, column) in COLUMNS {
             let (a, b) = (ours.and_then(|ours| ours.spread(column)), qemu.spread(column));
-            let shown = |side: Option<crate::results::Spread>| side.map_or_else(String::new, |side| side.to_string());
+            let shown =
+                |side: Option<crate::results::Spread>| side.map_or_else(String::new, |side| side.to_string());
             let _ = writeln!(text, "| {name} | {} | {} | {} |", shown(a), shown(b), cell(ratio(a, b)));
         }
         text += &latencies(
@@ -63,6 +64,9 @@ mod tests {
             results.add(&row).unwrap();
         }
         let text = page(&Folder::open(dir.path()).unwrap()).unwrap();
-        assert!(text.contains("QEMU 9.9") && text.contains("| fault mean us | 30.0 | 300 | 0.100 |"), "{text}");
+        assert!(
+            text.contains("QEMU 9.9") && text.contains("| fault mean us | 30.0 | 300 | 0.100 |"),
+            "{text}"
+        );
     }
 }

@@ -54,7 +54,12 @@ impl Qmp {
     }
 
     /// Asks again and again until the answer has `status` as its status; that answer.
-    pub(super) fn wait_status(&mut self, command: &str, status: &str, limit: Duration) -> anyhow::Result<Value> {
+    pub(super) fn wait_status(
+        &mut self,
+        command: &str,
+        status: &str,
+        limit: Duration,
+    ) -> anyhow::Result<Value> {
         let deadline = Instant::now() + limit;
         loop {
             let answer = self.ask(command, json!({}))?;
