@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::report::MoveReport;
 use crate::scenario::RunOptions;
 use crate::workload::{SpinOptions, report_failure, spin};
-use crate::{demo, kv, page, scenario, stamp, touch};
+use crate::{demo, kv, page, scenario, stamp, stream, touch, vs_qemu};
 
 /// Workloads, fault-latency experiments and the demo of post-copy migration.
 #[derive(Debug, Parser)]
@@ -80,6 +80,10 @@ enum Workload {
     Stamp(stamp::Options),
     /// Fill memory, wait, then measure the first read of each page
     Touch(touch::Options),
+    /// Send memory over one connection
+    StreamServer(stream::Options),
+    /// Be the only program of a virtual machine
+    Guest(vs_qemu::Options),
     /// Load a redis over one connection and check every reply
     KvClient(kv::Options),
     /// Keep a processor busy
@@ -91,6 +95,8 @@ impl Workload {
         match self {
             Self::Stamp(options) => report_failure(&options.files, stamp::run(&options)),
             Self::Touch(options) => report_failure(&options.files, touch::run(&options)),
+            Self::StreamServer(options) => report_failure(&options.files, stream::serve(&options)),
+            Self::Guest(options) => vs_qemu::run_guest(&options),
             Self::KvClient(options) => report_failure(&options.files, kv::run(&options)),
             Self::Spin(options) => spin(&options),
         }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use crate::cli::Common;
 use crate::results::Folder;
 use crate::sweep::{fault_latency, memory_size, push_interference, stores};
-use crate::{floors, vs_criu};
+use crate::{floors, kv_move, links, stream, vs_criu, vs_qemu};
 
 /// How to run an experiment.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -96,6 +96,30 @@ pub const ALL: &[Scenario] = &[
         about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
         run: vs_criu::run,
         page: vs_criu::page,
+    },
+    Scenario {
+        name: "vs-qemu",
+        about: "fault latency and drain time beside QEMU's post-copy with preempt, interleaved",
+        run: vs_qemu::run,
+        page: vs_qemu::page,
+    },
+    Scenario {
+        name: "links",
+        about: "fault latency and push by kind of link, over rates, delay and loss",
+        run: links::run,
+        page: links::page,
+    },
+    Scenario {
+        name: "tcp-stream",
+        about: "an established bulk stream through a move of its server, in bins of 10 ms",
+        run: stream::run,
+        page: stream::page,
+    },
+    Scenario {
+        name: "kv",
+        about: "what the clients of a redis at 70 % of its peak see of its move",
+        run: kv_move::run,
+        page: kv_move::page,
     },
 ];
 

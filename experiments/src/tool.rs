@@ -33,6 +33,13 @@ pub fn beside(name: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
+/// Whether a program is on PATH.
+#[must_use]
+pub fn is_installed(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
 /// What a tool used until its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Used {

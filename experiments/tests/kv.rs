@@ -13,7 +13,7 @@ use experiments::redis::Redis;
 use experiments::workload::Files;
 
 const LONG: Duration = Duration::from_secs(30);
-const LOAD: Load = Load { keys: 20_000, value_bytes: 1000, rate: 0, set_percent: 20 };
+const LOAD: Load = Load { keys: 20_000, first_key: 0, value_bytes: 1000, rate: 0, set_percent: 20 };
 
 fn signal(pid: u32, name: &str) {
     assert!(Command::new("kill").arg(name).arg(pid.to_string()).status().unwrap().success());

@@ -80,6 +80,13 @@ impl Criu {
         }
     }
 
+    /// Whether it can dump Internet sockets on this kernel: before 4.2 it takes it for a failure that the kernel (from
+    /// 6.16 on) refuses `SO_PASSCRED` on them.
+    #[must_use]
+    pub fn dumps_internet_sockets(&self) -> bool {
+        self.layout == HeaderLayout::Wide || !kernel_refuses_passcred()
+    }
+
     fn at(path: PathBuf) -> Result<Self, CriuError> {
         let output = Command::new(&path)
             .arg("--version")
@@ -103,6 +110,12 @@ impl Criu {
         let layout = if (major, minor) >= (4, 2) { HeaderLayout::Wide } else { HeaderLayout::Compact };
         Ok(Self { path, version, layout })
     }
+}
+
+fn kernel_refuses_passcred() -> bool {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
+    socket.is_ok_and(|socket| getsockopt(&socket, sockopt::PassCred) == Err(nix::Error::EOPNOTSUPP))
 }
 
 /// `target/criu-prefix/bin/criu` for a program in `target/PROFILE/`, and under the current directory.

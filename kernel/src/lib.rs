@@ -13,6 +13,7 @@
 //! - [`stack`]: a thread with its stack pointer where a test wants it
 //! - [`holder`]: a process that does nothing but keep descriptors open
 //! - [`tcp`]: socket options that the standard library lacks
+//! - [`tun`]: network devices whose packets a program reads and writes
 //! - [`arena`]: memory that a test workload maps, moves and drops
 
 pub mod arena;
@@ -24,4 +25,5 @@ pub mod sched;
 pub mod spawn;
 pub mod stack;
 pub mod tcp;
+pub mod tun;
 pub mod uffd;

@@ -8,7 +8,6 @@ use std::io;
 
 use host::criu::Criu;
 use host::facts::{self, problem};
-use protocol::criu::page_server::HeaderLayout;
 use protocol::wire::control::{Offer, Problem};
 
 use crate::limits;
@@ -125,11 +124,10 @@ fn other_pid_namespace(tree: &ProcessTree) -> Option<Problem> {
     })
 }
 
-/// CRIU before 4.2 takes it for a failure that the kernel (from 6.16 on) refuses `SO_PASSCRED` on Internet
-/// sockets.
+/// Internet sockets that this CRIU cannot dump on this kernel.
 #[must_use]
 pub fn socket_problem(tree: &ProcessTree, criu: &Criu) -> Option<Problem> {
-    if criu.layout == HeaderLayout::Wide || !kernel_refuses_passcred() {
+    if criu.dumps_internet_sockets() {
         return None;
     }
     let task = tree.tasks.iter().find(|task| has_internet_socket(task.pid))?;
@@ -138,12 +136,6 @@ pub fn socket_problem(tree: &ProcessTree, criu: &Criu) -> Option<Problem> {
         task.pid, criu.version
     );
     Some(problem(what, "use criu 4.2 or later (scripts/setup --criu-next, then --criu PATH) on both hosts"))
-}
-
-fn kernel_refuses_passcred() -> bool {
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
-    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None);
-    socket.is_ok_and(|socket| getsockopt(&socket, sockopt::PassCred) == Err(nix::Error::EOPNOTSUPP))
 }
 
 fn has_internet_socket(pid: u32) -> bool {

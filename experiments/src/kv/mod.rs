@@ -21,7 +21,7 @@ use hdrhistogram::Histogram;
 pub use process::{Handle, Options, Summary, run};
 pub use report::{KvReport, Stall};
 
-use crate::clock::monotonic_ms;
+use crate::clock::monotonic_ns;
 use crate::random::{Random, mix};
 use crate::report::Latency;
 use report::{STALL_US_MIN, STALLS_MAX};
@@ -39,6 +39,9 @@ pub struct Load {
     /// Keys to load
     #[arg(long, default_value_t = 100_000)]
     pub keys: u32,
+    /// Number of the first key: clients of one redis need keys of their own
+    #[arg(long, default_value_t = 0)]
+    pub first_key: u32,
     /// Bytes of each value
     #[arg(long, default_value_t = 1000)]
     pub value_bytes: usize,
@@ -52,7 +55,7 @@ pub struct Load {
 
 impl Default for Load {
     fn default() -> Self {
-        Self { keys: 100_000, value_bytes: 1000, rate: 0, set_percent: 20 }
+        Self { keys: 100_000, first_key: 0, value_bytes: 1000, rate: 0, set_percent: 20 }
     }
 }
 
@@ -67,6 +70,15 @@ pub struct KvProgress {
     pub longest_us: AtomicU64,
 }
 
+/// When a request was sent, and how long it took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timed {
+    /// By `CLOCK_MONOTONIC`: a client is not moved.
+    pub at_ns: u64,
+    /// Until its reply was read.
+    pub took_ns: u64,
+}
+
 /// A client with its one connection.
 #[derive(Debug)]
 pub struct KvClient {
@@ -77,6 +89,7 @@ pub struct KvClient {
     expected: Vec<u8>,
     random: Random,
     latency_ns: Histogram<u64>,
+    times: Option<Vec<Timed>>,
     report: KvReport,
     progress: Arc<KvProgress>,
 }
@@ -100,6 +113,7 @@ impl KvClient {
             expected: Vec::new(),
             random: Random::new(0xca),
             latency_ns: Histogram::new(3)?,
+            times: None,
             report: KvReport::default(),
             progress: Arc::default(),
         })
@@ -109,6 +123,21 @@ impl KvClient {
     #[must_use]
     pub fn progress(&self) -> Arc<KvProgress> {
         Arc::clone(&self.progress)
+    }
+
+    /// Requests per second from now on; 0: as many as possible.
+    pub const fn set_rate(&mut self, rate: u64) {
+        self.load.rate = rate;
+    }
+
+    /// From now on keeps the time of every request, of at most so many.
+    pub fn keep_times(&mut self, at_most: usize) {
+        self.times = Some(Vec::with_capacity(at_most));
+    }
+
+    /// The times kept; none are kept any more.
+    pub fn take_times(&mut self) -> Vec<Timed> {
+        self.times.take().unwrap_or_default()
     }
 
     /// Writes every key in its first version.
@@ -151,11 +180,17 @@ impl KvClient {
 
     fn send_set(&mut self, key: u32, version: u32) -> std::io::Result<()> {
         fill_value(&mut self.expected, key, version, self.load.value_bytes);
-        write_command(&mut self.commands, &[b"SET", key_name(key).as_bytes(), &self.expected])
+        let name = self.key_name(key);
+        write_command(&mut self.commands, &[b"SET", name.as_bytes(), &self.expected])
     }
 
     fn send_get(&mut self, key: u32) -> std::io::Result<()> {
-        write_command(&mut self.commands, &[b"GET", key_name(key).as_bytes()])
+        let name = self.key_name(key);
+        write_command(&mut self.commands, &[b"GET", name.as_bytes()])
+    }
+
+    fn key_name(&self, key: u32) -> String {
+        format!("key:{:08}", u64::from(self.load.first_key) + u64::from(key))
     }
 
     /// Reads the reply to a command about `key`.
@@ -179,7 +214,7 @@ impl KvClient {
     /// One request under load, timed from the moment it is handed to the kernel to the moment its reply was read.
     fn request(&mut self) -> anyhow::Result<()> {
         let key = u32::try_from(self.random.below(self.versions.len()))?;
-        let (at_ms, begun) = (monotonic_ms(), Instant::now());
+        let (at_ns, begun) = (monotonic_ns(), Instant::now());
         if self.random.below(100) < self.load.set_percent {
             let version = self.versions[index(key)].wrapping_add(1);
             self.versions[index(key)] = version;
@@ -193,11 +228,15 @@ impl KvClient {
         self.receive(key)?;
         let took = begun.elapsed();
         self.report.ops += 1;
-        self.latency_ns.record(u64::try_from(took.as_nanos())?)?;
+        let took_ns = u64::try_from(took.as_nanos())?;
+        self.latency_ns.record(took_ns)?;
+        if let Some(times) = self.times.as_mut().filter(|times| times.len() < times.capacity()) {
+            times.push(Timed { at_ns, took_ns });
+        }
         let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.progress.ops.fetch_add(1, Relaxed);
         self.progress.longest_us.fetch_max(us, Relaxed);
-        let stall = Stall { at_ms, us };
+        let stall = Stall { at_ms: at_ns / 1_000_000, us };
         if us > self.report.longest_stall.us {
             self.report.longest_stall = stall;
         }
@@ -242,10 +281,6 @@ impl KvClient {
     fn lost(&mut self, error: &anyhow::Error) {
         self.report.error = Some(format!("{error:#}"));
     }
-}
-
-fn key_name(key: u32) -> String {
-    format!("key:{key:08}")
 }
 
 fn index(key: u32) -> usize {

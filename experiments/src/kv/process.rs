@@ -161,6 +161,7 @@ impl Handle {
         for (name, value) in [
             ("--addr", options.addr.to_string()),
             ("--keys", options.load.keys.to_string()),
+            ("--first-key", options.load.first_key.to_string()),
             ("--value-bytes", options.load.value_bytes.to_string()),
             ("--rate", options.load.rate.to_string()),
             ("--set-percent", options.load.set_percent.to_string()),

@@ -7,6 +7,8 @@
 //!     source0 ------ br0 ---- destination0 ---------------- client0         the switch, a namespace too
 //! ```
 //!
+//! Source and destination can have a second link of their own with delay and loss ([`Wire::Emulated`]).
+//!
 //! Nothing is in the namespace of the caller, so the addresses are the same in every lab and labs do not see each
 //! other. Names carry the pid of the process that made them: what is left behind is found, and by whom. Dropping a
 //! lab kills what still runs in its namespaces, which is what was started or restored there, and removes them.
@@ -14,6 +16,7 @@
 mod listening;
 mod shape;
 mod tasks;
+mod wire;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -29,6 +32,9 @@ use signal_hook::iterator::Signals;
 
 pub use listening::wait_listening;
 pub use shape::Rate;
+pub use wire::Wire;
+
+use crate::emulator::Emulator;
 
 const NAMESPACES: &str = "/run/netns";
 const PREFIX: &str = "postcopy";
@@ -82,6 +88,7 @@ impl Host {
 #[derive(Debug)]
 pub struct Lab {
     name: String,
+    emulator: Option<Emulator>,
 }
 
 impl Lab {
@@ -91,7 +98,7 @@ impl Lab {
     /// If that is not allowed (it needs root) or `ip` is missing; nothing is left behind then.
     pub fn new() -> anyhow::Result<Self> {
         let name = format!("{PREFIX}{}-{}", std::process::id(), LABS_MADE.fetch_add(1, Relaxed));
-        let lab = Self { name }; // dropping it on an error below removes what was made until then
+        let lab = Self { name, emulator: None }; // dropping it on an error below removes what was made until then
         let switch = lab.switch();
         ip(["netns", "add", &switch])?;
         ip(["-n", &switch, "link", "add", "name", "br0", "type", "bridge"])?;
@@ -256,6 +263,8 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        // First, as its devices would keep the namespaces alive.
+        self.emulator = None;
         let all = Host::ALL.map(|host| self.namespace(host)).into_iter().chain([self.switch()]);
         all.for_each(|name| remove(&name));
     }

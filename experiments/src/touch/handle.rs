@@ -83,6 +83,15 @@ impl Handle {
         self.process.order(Order::Go).map(drop)
     }
 
+    /// Whether it has begun to read.
+    ///
+    /// # Errors
+    /// If the status file cannot be read.
+    pub fn has_started(&mut self) -> anyhow::Result<bool> {
+        self.process.catch_up()?;
+        Ok(!self.process.lines("STARTED").is_empty())
+    }
+
     /// Waits until every page was read, for at most `limit`.
     ///
     /// # Errors
