@@ -1,18 +1,17 @@
 //! Stream sockets, tuned by role.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{MsgFlags, SockaddrStorage, send, sendmsg};
 use socket2::{SockRef, TcpKeepalive};
 
-use super::{Endpoint, LinkError};
-use crate::wire::hello::{
-    HELLO_LEN, HELLO_REPLY_LEN, Hello, HelloError, Refusal, Role, decode_reply, encode_reply,
-};
+use super::tls::{TlsError, TlsStream};
+use super::{Endpoint, Link, LinkError};
+use crate::wire::hello::{HELLO_REPLY_LEN, Hello, Refusal, Role, decode_reply, encode_reply};
 use crate::wire::limits;
 
 /// Send and receive buffer of a push lane: enough for a link with a few milliseconds of delay at 10 Gbit/s;
@@ -26,6 +25,8 @@ pub enum Stream {
     Tcp(TcpStream),
     /// Unix.
     Unix(UnixStream),
+    /// TLS over TCP.
+    Tls(TlsStream),
 }
 
 impl AsFd for Stream {
@@ -33,6 +34,7 @@ impl AsFd for Stream {
         match self {
             Self::Tcp(stream) => stream.as_fd(),
             Self::Unix(stream) => stream.as_fd(),
+            Self::Tls(stream) => stream.as_fd(),
         }
     }
 }
@@ -44,31 +46,29 @@ impl Stream {
     /// [`LinkError`]: nobody there, no peer of ours, or refused.
     pub fn dial(endpoint: &Endpoint, hello: &Hello) -> Result<Self, LinkError> {
         let fail = |source| LinkError::Io { doing: "connect to", endpoint: endpoint.to_string(), source };
+        let deadline = Instant::now() + limits::HELLO_TIMEOUT;
+        let connect = |addr| TcpStream::connect_timeout(addr, limits::HELLO_TIMEOUT);
         let stream = match endpoint {
-            Endpoint::Tcp(addr) => {
-                Self::Tcp(TcpStream::connect_timeout(addr, limits::HELLO_TIMEOUT).map_err(fail)?)
-            }
+            Endpoint::Tcp(addr) => Self::Tcp(connect(addr).map_err(fail)?),
             Endpoint::Unix(path) => Self::Unix(UnixStream::connect(path).map_err(fail)?),
+            Endpoint::Tls(to) => {
+                let socket = connect(&to.addr).map_err(fail)?;
+                let secured = TlsStream::dial(socket, to.name.clone(), &to.credentials, deadline);
+                Self::Tls(secured.map_err(|source| LinkError::tls(to, source))?)
+            }
         };
         stream.tune(hello.role).map_err(fail)?;
         stream.set_timeout(Some(limits::HELLO_TIMEOUT)).map_err(fail)?;
         stream.send_all(&hello.encode(), false).map_err(fail)?;
         let mut reply = [0; HELLO_REPLY_LEN];
-        stream.receive_all(&mut reply).map_err(fail)?;
+        stream.receive_all(&mut reply).map_err(|error| match endpoint {
+            // A client learns behind its handshake only whether it was accepted.
+            Endpoint::Tls(to) => LinkError::tls(to, TlsError::of_stream(error)),
+            _ => fail(error),
+        })?;
         decode_reply(&reply).map_err(|source| LinkError::Hello { endpoint: endpoint.to_string(), source })?;
         stream.set_timeout(None).map_err(fail)?;
         Ok(stream)
-    }
-
-    /// Reads the hello of an accepted connection. The caller answers with [`Stream::answer`].
-    ///
-    /// # Errors
-    /// [`HelloError`] for a stranger; an I/O error becomes [`io::Error`].
-    pub fn read_hello(&self) -> io::Result<Result<Hello, HelloError>> {
-        self.set_timeout(Some(limits::HELLO_TIMEOUT))?;
-        let mut bytes = [0; HELLO_LEN];
-        self.receive_all(&mut bytes)?;
-        Ok(Hello::decode(&bytes))
     }
 
     /// Answers a hello, and tunes the socket for `role` if it was accepted.
@@ -87,10 +87,19 @@ impl Stream {
         match self {
             Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string()),
             Self::Unix(_) => "unix peer".into(),
+            Self::Tls(stream) => {
+                stream.socket().peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string())
+            }
         }
     }
 
-    /// The same connection under a second descriptor, for a second thread.
+    /// Whether bytes may be put into its descriptor past these calls, as splice does.
+    #[must_use]
+    pub const fn is_plain(&self) -> bool {
+        !matches!(self, Self::Tls(_))
+    }
+
+    /// The same connection for a second thread, where the kernel keeps it under a second descriptor.
     ///
     /// # Errors
     /// The errno of `dup(2)`.
@@ -98,6 +107,7 @@ impl Stream {
         Ok(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+            Self::Tls(stream) => Self::Tls(stream.clone()),
         })
     }
 
@@ -106,7 +116,9 @@ impl Stream {
     pub fn incoming_processor(&self) -> Option<usize> {
         match self {
             // -1, as an unsigned number, before the first.
-            Self::Tcp(_) => SockRef::from(self).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16),
+            Self::Tcp(_) | Self::Tls(_) => {
+                SockRef::from(self).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16)
+            }
             Self::Unix(_) => None,
         }
     }
@@ -131,6 +143,9 @@ impl Stream {
 
     /// Ends the connection in both directions; who waits on it wakes up.
     pub fn shutdown(&self) {
+        if let Self::Tls(stream) = self {
+            return stream.shutdown();
+        }
         // An error means that it has ended already.
         let _ = SockRef::from(self).shutdown(std::net::Shutdown::Both);
     }
@@ -140,6 +155,9 @@ impl Stream {
     /// # Errors
     /// The errno of `send(2)`.
     pub fn send_all(&self, bytes: &[u8], more: bool) -> io::Result<()> {
+        if let Self::Tls(stream) = self {
+            return stream.send_all(&[bytes]);
+        }
         let mut flags = MsgFlags::MSG_NOSIGNAL;
         if more {
             flags |= MsgFlags::from_bits_retain(nix::libc::MSG_MORE);
@@ -161,6 +179,9 @@ impl Stream {
     /// # Errors
     /// The errno of `sendmsg(2)`.
     pub fn send_both(&self, head: &[u8], body: &[u8]) -> io::Result<()> {
+        if let Self::Tls(stream) = self {
+            return stream.send_all(&[head, body]);
+        }
         let slices = [IoSlice::new(head), IoSlice::new(body)];
         let sent = loop {
             let fd = self.as_fd().as_raw_fd();
@@ -178,11 +199,15 @@ impl Stream {
         }
     }
 
-    /// Sends what the kernel takes at once: the number of bytes, 0 if none.
+    /// Sends what the kernel takes at once: the number of bytes, 0 if none. The next call goes on with the rest, as
+    /// an encrypting link may have begun to send it.
     ///
     /// # Errors
     /// The errno of `send(2)`, `EAGAIN` excepted.
     pub fn send_some(&self, bytes: &[u8]) -> io::Result<usize> {
+        if let Self::Tls(stream) = self {
+            return stream.send_some(bytes);
+        }
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         match send(self.as_fd().as_raw_fd(), bytes, flags) {
             Ok(sent) => Ok(sent),
@@ -191,11 +216,15 @@ impl Stream {
         }
     }
 
-    /// Receives what is there without waiting: `None` if nothing is, `Some(0)` at the end of the stream.
+    /// Receives what is there without waiting: `None` if nothing is, `Some(0)` at the end of the stream. Unless
+    /// `buffer` is filled, more comes only once the descriptor is readable.
     ///
     /// # Errors
     /// The errno of `recv(2)`, `EAGAIN` excepted.
     pub fn receive_some(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        if let Self::Tls(stream) = self {
+            return stream.receive_some(buffer);
+        }
         let fd = self.as_fd().as_raw_fd();
         match nix::sys::socket::recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
             Ok(received) => Ok(Some(received)),
@@ -212,6 +241,7 @@ impl Stream {
         match self {
             Self::Tcp(stream) => (&mut &*stream).read(buffer),
             Self::Unix(stream) => (&mut &*stream).read(buffer),
+            Self::Tls(stream) => stream.receive(buffer),
         }
     }
 
@@ -223,18 +253,28 @@ impl Stream {
         match self {
             Self::Tcp(stream) => (&mut &*stream).read_exact(buffer),
             Self::Unix(stream) => (&mut &*stream).read_exact(buffer),
+            Self::Tls(stream) => {
+                let mut filled = 0;
+                while filled < buffer.len() {
+                    match stream.receive(&mut buffer[filled..])? {
+                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        got => filled += got,
+                    }
+                }
+                Ok(())
+            }
         }
     }
 
-    fn tune(&self, role: Role) -> io::Result<()> {
+    pub(super) fn tune(&self, role: Role) -> io::Result<()> {
         let socket = SockRef::from(self);
         if role == Role::Push {
             // Refused values are clamped by the kernel, not errors.
             socket.set_send_buffer_size(PUSH_BUFFER)?;
             socket.set_recv_buffer_size(PUSH_BUFFER)?;
         }
-        if let Self::Tcp(stream) = self {
-            stream.set_nodelay(true)?;
+        if !matches!(self, Self::Unix(_)) {
+            socket.set_tcp_nodelay(true)?;
             // BBR, a common default, paces loopback and data-centre links far below their rate and adds
             // milliseconds to single requests; cubic is built into every kernel that has not removed it.
             let _ = socket.set_tcp_congestion(b"cubic");
@@ -252,6 +292,15 @@ impl Stream {
     }
 }
 
+impl Link for Stream {
+    fn has_buffered(&self) -> bool {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => false,
+            Self::Tls(stream) => stream.has_buffered(),
+        }
+    }
+}
+
 impl Write for &Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.send_all(bytes, false)?;
@@ -260,62 +309,5 @@ impl Write for &Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// A listening socket.
-#[derive(Debug)]
-pub enum Listener {
-    /// TCP.
-    Tcp(TcpListener),
-    /// Unix.
-    Unix(UnixListener),
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener) => listener.as_fd(),
-        }
-    }
-}
-
-impl Listener {
-    /// Listens at `endpoint`; port 0 lets the kernel choose, [`Listener::endpoint`] tells.
-    ///
-    /// # Errors
-    /// [`LinkError::Io`].
-    pub fn bind(endpoint: &Endpoint) -> Result<Self, LinkError> {
-        let fail = |source| LinkError::Io { doing: "listen at", endpoint: endpoint.to_string(), source };
-        match endpoint {
-            Endpoint::Tcp(addr) => Ok(Self::Tcp(TcpListener::bind(addr).map_err(fail)?)),
-            Endpoint::Unix(path) => Ok(Self::Unix(UnixListener::bind(path).map_err(fail)?)),
-        }
-    }
-
-    /// Where it listens.
-    ///
-    /// # Errors
-    /// The errno of `getsockname(2)`.
-    pub fn endpoint(&self) -> io::Result<Endpoint> {
-        match self {
-            Self::Tcp(listener) => Ok(Endpoint::Tcp(listener.local_addr()?)),
-            Self::Unix(listener) => {
-                let addr = listener.local_addr()?;
-                Ok(Endpoint::Unix(addr.as_pathname().map(Into::into).unwrap_or_default()))
-            }
-        }
-    }
-
-    /// Waits for a connection.
-    ///
-    /// # Errors
-    /// The errno of `accept(2)`.
-    pub fn accept(&self) -> io::Result<Stream> {
-        match self {
-            Self::Tcp(listener) => Ok(Stream::Tcp(listener.accept()?.0)),
-            Self::Unix(listener) => Ok(Stream::Unix(listener.accept()?.0)),
-        }
     }
 }
