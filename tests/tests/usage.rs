@@ -75,7 +75,6 @@ fn what_the_source_is_not_told_rightly() {
         &source(&["--pid", &pid, "--to", "nowhere.invalid:7000"]),
         &["nowhere.invalid", "HOST:PORT"],
     );
-    assert_refused(&with(&["--link", "quic"]), &["not in this release", "--link tls"]);
     assert_refused(&with(&["--link", "smoke"]), &["smoke", "tcp"]);
     assert_refused(&with(&["--hook", "post-dump"]), &["PHASE=COMMAND", "post-dump"]);
     assert_refused(&with(&["--hook", "later=true"]), &["later", "pre-freeze"]);

@@ -185,7 +185,13 @@ impl<U: Upstream> FaultLoop<U> {
         } else if !self.deferred.is_empty() || !self.zeroes.is_empty() {
             PollTimeout::from(1u8)
         } else {
-            PollTimeout::try_from(limits::LIVENESS_INTERVAL).unwrap_or(PollTimeout::MAX)
+            let due = self.upstream.as_ref().and_then(Upstream::due);
+            let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
+            let timeout = until_due.map_or(limits::LIVENESS_INTERVAL, |left| {
+                // Whole milliseconds: a wait that ends just before the time would be for nothing.
+                limits::LIVENESS_INTERVAL.min(left + Duration::from_millis(1))
+            });
+            PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
         };
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}

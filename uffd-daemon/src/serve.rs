@@ -114,6 +114,8 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
                 Ok(stranger) => {
                     tracing::warn!(peer = stranger.peer(), "too many connections without a hello")
                 }
+                // QUIC listens with more datagrams than those that open connections.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => tracing::warn!("accept failed: {error}"),
             }
         }

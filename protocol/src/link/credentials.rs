@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, WebPkiServerVerifier};
@@ -102,10 +102,15 @@ pub enum CredentialsError {
 /// This side's key and certificate, and whom it talks to, ready for handshakes.
 pub struct Credentials {
     own: Fingerprint,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    provider: Arc<CryptoProvider>,
+    pub(super) servers: Arc<dyn ServerCertVerifier>,
+    clients: Arc<dyn ClientCertVerifier>,
+    /// For TLS.
     pub(super) client: Arc<ClientConfig>,
+    /// For TLS.
     pub(super) server: Arc<ServerConfig>,
-    #[cfg(test)]
-    verifier: Arc<dyn ServerCertVerifier>,
 }
 
 impl fmt::Debug for Credentials {
@@ -145,38 +150,29 @@ impl Credentials {
                 )
             }
         };
-        #[cfg(test)]
-        let verifier = servers.clone();
-        let mut client = ClientConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .dangerous()
-            .with_custom_certificate_verifier(servers)
-            .with_client_auth_cert(chain.clone(), key.clone_key())?;
-        // Three connections in a move: resuming one would save nothing and keep secrets.
-        client.resumption = Resumption::disabled();
-        client.alpn_protocols = vec![APPLICATION.to_vec()];
-        client.enable_secret_extraction = true;
-        let mut server = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_client_cert_verifier(clients)
-            .with_single_cert(chain, key)?;
-        server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.send_tls13_tickets = 0;
-        server.alpn_protocols = vec![APPLICATION.to_vec()];
-        server.enable_secret_extraction = true;
-        Ok(Self {
-            own,
-            client: Arc::new(client),
-            server: Arc::new(server),
-            #[cfg(test)]
-            verifier,
-        })
+        let party = (&chain[..], &key);
+        let client = client_config(provider.clone(), servers.clone(), party)?;
+        let server = server_config(provider.clone(), clients.clone(), party)?;
+        let (client, server) = (Arc::new(client), Arc::new(server));
+        Ok(Self { own, chain, key, provider, servers, clients, client, server })
     }
 
-    /// What checks the keys of servers.
-    #[cfg(test)]
-    pub(super) fn server_verifier(&self) -> Arc<dyn ServerCertVerifier> {
-        self.verifier.clone()
+    /// For a QUIC connection that is dialled. QUIC tells of a refused key in words only: its fingerprint goes to `seen`.
+    pub(super) fn quic_client(
+        &self,
+        seen: Arc<OnceLock<Fingerprint>>,
+    ) -> Result<ClientConfig, rustls::Error> {
+        let servers = Arc::new(Telling { verifier: self.servers.clone(), seen });
+        client_config(Arc::new(in_one_datagram(&self.provider)), servers, (&self.chain, &self.key))
+    }
+
+    /// As [`Credentials::quic_client`], for one that is accepted.
+    pub(super) fn quic_server(
+        &self,
+        seen: Arc<OnceLock<Fingerprint>>,
+    ) -> Result<ServerConfig, rustls::Error> {
+        let clients = Arc::new(Telling { verifier: self.clients.clone(), seen });
+        server_config(Arc::new(in_one_datagram(&self.provider)), clients, (&self.chain, &self.key))
     }
 
     /// The fingerprint of this side's key.
@@ -184,6 +180,42 @@ impl Credentials {
     pub const fn fingerprint(&self) -> Fingerprint {
         self.own
     }
+}
+
+/// A certificate chain and its key.
+type Party<'a> = (&'a [CertificateDer<'static>], &'a PrivateKeyDer<'static>);
+
+fn client_config(
+    provider: Arc<CryptoProvider>,
+    servers: Arc<dyn ServerCertVerifier>,
+    (chain, key): Party<'_>,
+) -> Result<ClientConfig, rustls::Error> {
+    let mut client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(servers)
+        .with_client_auth_cert(chain.to_vec(), key.clone_key())?;
+    // Three connections in a move: resuming one would save nothing and keep secrets.
+    client.resumption = Resumption::disabled();
+    client.alpn_protocols = vec![APPLICATION.to_vec()];
+    client.enable_secret_extraction = true;
+    Ok(client)
+}
+
+fn server_config(
+    provider: Arc<CryptoProvider>,
+    clients: Arc<dyn ClientCertVerifier>,
+    (chain, key): Party<'_>,
+) -> Result<ServerConfig, rustls::Error> {
+    let mut server = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain.to_vec(), key.clone_key())?;
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    server.alpn_protocols = vec![APPLICATION.to_vec()];
+    server.enable_secret_extraction = true;
+    Ok(server)
 }
 
 /// The library's provider with the cipher first that is the fastest on this processor.
@@ -202,6 +234,14 @@ fn fastest_first() -> CryptoProvider {
         cipher_suites.rotate_right(1);
     }
     CryptoProvider { cipher_suites, ..provider::default_provider() }
+}
+
+/// With key exchanges whose first message fits into one datagram: who listens for QUIC makes a socket for the first one
+/// of a peer, and a second would find it not yet there.
+fn in_one_datagram(provider: &CryptoProvider) -> CryptoProvider {
+    let mut provider = provider.clone();
+    provider.kx_groups.retain(|group| group.name() != rustls::NamedGroup::X25519MLKEM768);
+    provider
 }
 
 /// A key that is none of those this side was told of.
@@ -321,6 +361,105 @@ impl ClientCertVerifier for Pinned {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.schemes()
+    }
+}
+
+/// Judges as another does, and tells whose key was not pinned.
+#[derive(Debug)]
+struct Telling<V: ?Sized> {
+    seen: Arc<OnceLock<Fingerprint>>,
+    verifier: Arc<V>,
+}
+
+impl<V: ?Sized> Telling<V> {
+    fn told<T>(&self, verdict: Result<T, rustls::Error>) -> Result<T, rustls::Error> {
+        if let Err(error) = &verdict {
+            if let Some(seen) = NotPinned::seen_in(error) {
+                // Set before by the same certificate, at most.
+                let _ = self.seen.set(seen);
+            }
+        }
+        verdict
+    }
+}
+
+impl NotPinned {
+    /// Whose key an error of the handshake is about.
+    pub(super) fn seen_in(error: &rustls::Error) -> Option<Fingerprint> {
+        let rustls::Error::InvalidCertificate(CertificateError::Other(other)) = error else { return None };
+        other.0.downcast_ref::<Self>().map(|refused| refused.seen)
+    }
+}
+
+impl ServerCertVerifier for Telling<dyn ServerCertVerifier> {
+    fn verify_server_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.told(self.verifier.verify_server_cert(certificate, intermediates, name, ocsp, now))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
+    }
+}
+
+impl ClientCertVerifier for Telling<dyn ClientCertVerifier> {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.verifier.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.told(self.verifier.verify_client_cert(certificate, intermediates, now))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
     }
 }
 

@@ -1,12 +1,13 @@
 //! Listening, and the first words of who connects.
 
-use std::io::{self, Read};
-use std::net::{Shutdown, TcpListener};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::quic::{QuicAccepted, QuicListener};
 use super::tls::{TlsError, TlsStream};
 use super::{Credentials, Endpoint, LinkError, SecureEndpoint, Stream};
 use crate::wire::hello::{HELLO_LEN, Hello, HelloError, Refusal, encode_reply};
@@ -24,6 +25,8 @@ pub enum Listener {
     Unix(UnixListener),
     /// TLS over TCP.
     Tls(TcpListener, SecureEndpoint),
+    /// QUIC.
+    Quic(Box<QuicListener>, SecureEndpoint),
 }
 
 impl AsFd for Listener {
@@ -31,6 +34,7 @@ impl AsFd for Listener {
         match self {
             Self::Tcp(listener) | Self::Tls(listener, _) => listener.as_fd(),
             Self::Unix(listener) => listener.as_fd(),
+            Self::Quic(listener, _) => listener.as_fd(),
         }
     }
 }
@@ -46,6 +50,10 @@ impl Listener {
             Endpoint::Tcp(addr) => Ok(Self::Tcp(TcpListener::bind(addr).map_err(fail)?)),
             Endpoint::Unix(path) => Ok(Self::Unix(UnixListener::bind(path).map_err(fail)?)),
             Endpoint::Tls(at) => Ok(Self::Tls(TcpListener::bind(at.addr).map_err(fail)?, at.clone())),
+            Endpoint::Quic(at) => {
+                let listener = QuicListener::bind(at.addr, at.credentials.clone());
+                Ok(Self::Quic(Box::new(listener.map_err(fail)?), at.clone()))
+            }
         }
     }
 
@@ -63,23 +71,23 @@ impl Listener {
             Self::Tls(listener, at) => {
                 Ok(Endpoint::Tls(SecureEndpoint { addr: listener.local_addr()?, ..at.clone() }))
             }
+            Self::Quic(listener, at) => {
+                Ok(Endpoint::Quic(SecureEndpoint { addr: listener.local_addr()?, ..at.clone() }))
+            }
         }
     }
 
-    /// Waits for a connection. Nothing has been read from it yet, so nobody holds up others.
+    /// Waits for a connection. Nothing of it has been judged yet, so nobody holds up others. With QUIC what makes the
+    /// listener readable need not be one.
     ///
     /// # Errors
-    /// The errno of `accept(2)`.
+    /// The errno of `accept(2)`; `WouldBlock` if there is none.
     pub fn accept(&self) -> io::Result<Accepted> {
         Ok(match self {
-            Self::Tcp(listener) => Accepted { stream: Stream::Tcp(listener.accept()?.0), credentials: None },
-            Self::Unix(listener) => {
-                Accepted { stream: Stream::Unix(listener.accept()?.0), credentials: None }
-            }
-            Self::Tls(listener, at) => Accepted {
-                stream: Stream::Tcp(listener.accept()?.0),
-                credentials: Some(at.credentials.clone()),
-            },
+            Self::Tcp(listener) => Accepted::Plain(Stream::Tcp(listener.accept()?.0)),
+            Self::Unix(listener) => Accepted::Plain(Stream::Unix(listener.accept()?.0)),
+            Self::Tls(listener, at) => Accepted::Tls(listener.accept()?.0, at.credentials.clone()),
+            Self::Quic(listener, _) => Accepted::Quic(Box::new(listener.accept()?)),
         })
     }
 
@@ -125,22 +133,35 @@ fn remedy(error: &TlsError) -> String {
 
 /// A connection whose peer has not said anything yet.
 #[derive(Debug)]
-pub struct Accepted {
-    stream: Stream,
-    credentials: Option<Arc<Credentials>>,
+pub enum Accepted {
+    /// Plain.
+    Plain(Stream),
+    /// A handshake of TLS is due.
+    Tls(TcpStream, Arc<Credentials>),
+    /// A handshake of QUIC is due.
+    Quic(Box<QuicAccepted>),
 }
 
 impl Accepted {
     /// The peer's address, for messages.
     #[must_use]
     pub fn peer(&self) -> String {
-        self.stream.peer()
+        match self {
+            Self::Plain(stream) => stream.peer(),
+            Self::Tls(socket, _) => socket.peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string()),
+            Self::Quic(knocking) => knocking.peer().to_string(),
+        }
     }
 
-    /// The connection as it is, for protocols without our hello. Only of a link that does not encrypt.
-    #[must_use]
-    pub fn into_stream(self) -> Stream {
-        self.stream
+    /// The connection for a protocol without our hello, which then is none of a link that encrypts.
+    ///
+    /// # Errors
+    /// `Unsupported` on a link that encrypts.
+    pub fn into_plain(self) -> io::Result<Stream> {
+        match self {
+            Self::Plain(stream) => Ok(stream),
+            Self::Tls(..) | Self::Quic(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Shakes hands if the link wants it, and reads the hello. The caller answers it with [`Stream::answer`]. Takes
@@ -149,30 +170,37 @@ impl Accepted {
     /// # Errors
     /// [`GreetError`]; the peer has been told where it can understand it.
     pub fn greet(self) -> Result<(Stream, Hello), GreetError> {
-        let Self { mut stream, credentials } = self;
-        if let (Stream::Tcp(socket), Some(credentials)) = (&stream, credentials) {
-            let deadline = Instant::now() + limits::HELLO_TIMEOUT;
-            let secured = TlsStream::accept(socket.try_clone()?, &credentials, deadline);
-            match secured {
-                Ok(secured) => stream = Stream::Tls(secured),
-                Err(source) => {
-                    if matches!(source, TlsError::Plain) {
-                        refuse_link(&stream);
+        let deadline = Instant::now() + limits::HELLO_TIMEOUT;
+        let stream = match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(socket, credentials) => {
+                // A second descriptor, to say why if it is refused.
+                let plain = socket.try_clone()?;
+                match TlsStream::accept(socket, &credentials, deadline) {
+                    Ok(secured) => Stream::Tls(secured),
+                    Err(source) => {
+                        if matches!(source, TlsError::Plain) {
+                            refuse_link(&plain);
+                        }
+                        linger(&plain);
+                        return Err(GreetError::Tls { source });
                     }
-                    linger(&stream);
-                    return Err(GreetError::Tls { source });
                 }
             }
-        }
+            Self::Quic(knocking) => {
+                Stream::Quic(knocking.establish(deadline).map_err(|source| GreetError::Tls { source })?)
+            }
+        };
         stream.set_timeout(Some(limits::HELLO_TIMEOUT))?;
         let mut bytes = [0; HELLO_LEN];
         stream.receive_all(&mut bytes)?;
-        match Hello::decode(&bytes) {
-            Ok(hello) => Ok((stream, hello)),
-            Err(error) => {
-                if error == HelloError::Tls {
-                    refuse_link(&stream);
-                    linger(&stream);
+        match (Hello::decode(&bytes), stream) {
+            (Ok(hello), Stream::Quic(stream)) => Ok((Stream::Quic(stream.for_role(hello.role)?), hello)),
+            (Ok(hello), stream) => Ok((stream, hello)),
+            (Err(error), stream) => {
+                if let (HelloError::Tls, Stream::Tcp(socket)) = (&error, &stream) {
+                    refuse_link(socket);
+                    linger(socket);
                 }
                 Err(error.into())
             }
@@ -181,21 +209,18 @@ impl Accepted {
 }
 
 /// Tells a peer with another kind of link: in clear, which is all that both understand, and tells nobody anything.
-fn refuse_link(stream: &Stream) {
+fn refuse_link(mut socket: &TcpStream) {
     // It may be gone.
-    let _ = stream.send_all(&encode_reply(Err(Refusal::Link)), false);
+    let _ = socket.write_all(&encode_reply(Err(Refusal::Link)));
 }
 
 /// Lets a peer read what it was told: closed with data unread, the connection would be reset under it.
-fn linger(stream: &Stream) {
-    let Stream::Tcp(socket) = stream else { return };
+fn linger(mut socket: &TcpStream) {
     let deadline = Instant::now() + LINGER;
     let mut bytes = [0; 4096];
     let _ = socket.shutdown(Shutdown::Write);
     while let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-        if socket.set_read_timeout(Some(left)).is_err()
-            || !matches!((&mut &*socket).read(&mut bytes), Ok(1..))
-        {
+        if socket.set_read_timeout(Some(left)).is_err() || !matches!(socket.read(&mut bytes), Ok(1..)) {
             return;
         }
     }

@@ -7,11 +7,12 @@
 //! - [`Endpoint`]: where a peer listens, over which link, and for whom
 //! - [`Stream`], [`ControlChannel`]: a connection; [`Listener`]: who connects
 //! - [`Credentials`]: who this side is and whom it talks to, where the link authenticates
-//! - [`tls`]: TLS 1.3 with a state of its own for each direction
+//! - [`tls`]: TLS 1.3 with a state of its own for each direction; `quic`: QUIC with a connection for each lane
 
 mod control;
 mod credentials;
 mod listener;
+mod quic;
 mod stream;
 #[cfg(test)]
 mod testing;
@@ -50,6 +51,8 @@ pub enum LinkKind {
     Tcp,
     /// TCP with TLS 1.3, both sides authenticated.
     Tls,
+    /// QUIC, both sides authenticated.
+    Quic,
     /// A unix socket, for two daemons on one host.
     Unix,
 }
@@ -58,7 +61,7 @@ impl LinkKind {
     /// Whether both sides prove who they are.
     #[must_use]
     pub const fn authenticates(self) -> bool {
-        matches!(self, Self::Tls)
+        matches!(self, Self::Tls | Self::Quic)
     }
 }
 
@@ -67,6 +70,7 @@ impl fmt::Display for LinkKind {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Tls => "tls",
+            Self::Quic => "quic",
             Self::Unix => "unix",
         })
     }
@@ -80,8 +84,8 @@ impl FromStr for LinkKind {
             "tcp" => Ok(Self::Tcp),
             "tls" => Ok(Self::Tls),
             "unix" => Ok(Self::Unix),
-            "quic" => Err("link quic is not in this release; use --link tls".into()),
-            _ => Err(format!("unknown link {text:?}; this release has tcp, tls and unix")),
+            "quic" => Ok(Self::Quic),
+            _ => Err(format!("unknown link {text:?}; there are tcp, tls, quic and unix")),
         }
     }
 }
@@ -106,6 +110,8 @@ pub enum Endpoint {
     Unix(PathBuf),
     /// Host and port, over TLS.
     Tls(SecureEndpoint),
+    /// Host and port, over QUIC.
+    Quic(SecureEndpoint),
 }
 
 /// Where a peer listens that is authenticated.
@@ -124,7 +130,7 @@ impl fmt::Display for Endpoint {
         match self {
             Self::Tcp(addr) => addr.fmt(f),
             Self::Unix(path) => path.display().fmt(f),
-            Self::Tls(secure) => secure.addr.fmt(f),
+            Self::Tls(secure) | Self::Quic(secure) => secure.addr.fmt(f),
         }
     }
 }
@@ -144,12 +150,13 @@ impl Endpoint {
             .next()
             .ok_or_else(|| format!("{text:?} has no address; give HOST:PORT"))?;
         match (kind, protection) {
-            (LinkKind::Tls, Protection::Authenticated(credentials)) => {
+            (LinkKind::Tls | LinkKind::Quic, Protection::Authenticated(credentials)) => {
                 let host = text.rsplit_once(':').map_or(text, |(host, _)| host);
                 let name = ServerName::try_from(host.to_owned()).unwrap_or(ServerName::from(addr.ip()));
-                Ok(Self::Tls(SecureEndpoint { addr, name, credentials: credentials.clone() }))
+                let secure = SecureEndpoint { addr, name, credentials: credentials.clone() };
+                Ok(if kind == LinkKind::Tls { Self::Tls(secure) } else { Self::Quic(secure) })
             }
-            (LinkKind::Tls, _) => {
+            (LinkKind::Tls | LinkKind::Quic, _) => {
                 Err(format!("link {kind} needs to know who this side is and who the peer is"))
             }
             (_, Protection::Loopback) if !addr.ip().is_loopback() => Err(format!(

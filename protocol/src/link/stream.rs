@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, send, sendmsg};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, recv, send, sendmsg};
 use socket2::{SockRef, TcpKeepalive};
 
+use super::quic::QuicStream;
 use super::tls::{TlsError, TlsStream};
 use super::{Endpoint, Link, LinkError};
 use crate::wire::hello::{HELLO_REPLY_LEN, Hello, Refusal, Role, decode_reply, encode_reply};
@@ -27,6 +28,8 @@ pub enum Stream {
     Unix(UnixStream),
     /// TLS over TCP.
     Tls(TlsStream),
+    /// QUIC.
+    Quic(QuicStream),
 }
 
 impl AsFd for Stream {
@@ -35,6 +38,7 @@ impl AsFd for Stream {
             Self::Tcp(stream) => stream.as_fd(),
             Self::Unix(stream) => stream.as_fd(),
             Self::Tls(stream) => stream.as_fd(),
+            Self::Quic(stream) => stream.as_fd(),
         }
     }
 }
@@ -56,6 +60,10 @@ impl Stream {
                 let secured = TlsStream::dial(socket, to.name.clone(), &to.credentials, deadline);
                 Self::Tls(secured.map_err(|source| LinkError::tls(to, source))?)
             }
+            Endpoint::Quic(to) => {
+                let secured = QuicStream::dial(to, hello.role, deadline);
+                Self::Quic(secured.map_err(|source| LinkError::tls(to, source))?)
+            }
         };
         stream.tune(hello.role).map_err(fail)?;
         stream.set_timeout(Some(limits::HELLO_TIMEOUT)).map_err(fail)?;
@@ -63,12 +71,15 @@ impl Stream {
         let mut reply = [0; HELLO_REPLY_LEN];
         stream.receive_all(&mut reply).map_err(|error| match endpoint {
             // A client learns behind its handshake only whether it was accepted.
-            Endpoint::Tls(to) => LinkError::tls(to, TlsError::of_stream(error)),
+            Endpoint::Tls(to) | Endpoint::Quic(to) => LinkError::tls(to, TlsError::of_stream(error)),
             _ => fail(error),
         })?;
         decode_reply(&reply).map_err(|source| LinkError::Hello { endpoint: endpoint.to_string(), source })?;
         stream.set_timeout(None).map_err(fail)?;
-        Ok(stream)
+        match stream {
+            Self::Quic(stream) => Ok(Self::Quic(stream.for_role(hello.role).map_err(fail)?)),
+            stream => Ok(stream),
+        }
     }
 
     /// Answers a hello, and tunes the socket for `role` if it was accepted.
@@ -87,6 +98,7 @@ impl Stream {
         match self {
             Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string()),
             Self::Unix(_) => "unix peer".into(),
+            Self::Quic(stream) => stream.peer().to_string(),
             Self::Tls(stream) => {
                 stream.socket().peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string())
             }
@@ -95,8 +107,12 @@ impl Stream {
 
     /// Whether bytes may be put into its descriptor past these calls, as splice does.
     #[must_use]
-    pub const fn is_plain(&self) -> bool {
-        !matches!(self, Self::Tls(_))
+    pub fn is_plain(&self) -> bool {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => true,
+            Self::Tls(_) => false,
+            Self::Quic(stream) => stream.is_pumped(),
+        }
     }
 
     /// The same connection for a second thread, where the kernel keeps it under a second descriptor.
@@ -108,6 +124,7 @@ impl Stream {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
             Self::Tls(stream) => Self::Tls(stream.clone()),
+            Self::Quic(stream) => Self::Quic(stream.clone()),
         })
     }
 
@@ -119,6 +136,10 @@ impl Stream {
             Self::Tcp(_) | Self::Tls(_) => {
                 SockRef::from(self).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16)
             }
+            Self::Quic(stream) => {
+                let socket = stream.socket()?;
+                SockRef::from(socket).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16)
+            }
             Self::Unix(_) => None,
         }
     }
@@ -128,6 +149,9 @@ impl Stream {
     /// # Errors
     /// The errno of `setsockopt(2)`.
     pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        if let Self::Quic(stream) = self {
+            return stream.set_timeout(timeout);
+        }
         let socket = SockRef::from(self);
         socket.set_read_timeout(timeout)?;
         socket.set_write_timeout(timeout)
@@ -143,8 +167,10 @@ impl Stream {
 
     /// Ends the connection in both directions; who waits on it wakes up.
     pub fn shutdown(&self) {
-        if let Self::Tls(stream) = self {
-            return stream.shutdown();
+        match self {
+            Self::Tls(stream) => return stream.shutdown(),
+            Self::Quic(stream) => return stream.shutdown(),
+            Self::Tcp(_) | Self::Unix(_) => {}
         }
         // An error means that it has ended already.
         let _ = SockRef::from(self).shutdown(std::net::Shutdown::Both);
@@ -155,8 +181,10 @@ impl Stream {
     /// # Errors
     /// The errno of `send(2)`.
     pub fn send_all(&self, bytes: &[u8], more: bool) -> io::Result<()> {
-        if let Self::Tls(stream) = self {
-            return stream.send_all(&[bytes]);
+        match self {
+            Self::Tls(stream) => return stream.send_all(&[bytes]),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.send_all(&[bytes]),
+            _ => {}
         }
         let mut flags = MsgFlags::MSG_NOSIGNAL;
         if more {
@@ -179,8 +207,10 @@ impl Stream {
     /// # Errors
     /// The errno of `sendmsg(2)`.
     pub fn send_both(&self, head: &[u8], body: &[u8]) -> io::Result<()> {
-        if let Self::Tls(stream) = self {
-            return stream.send_all(&[head, body]);
+        match self {
+            Self::Tls(stream) => return stream.send_all(&[head, body]),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.send_all(&[head, body]),
+            _ => {}
         }
         let slices = [IoSlice::new(head), IoSlice::new(body)];
         let sent = loop {
@@ -205,8 +235,10 @@ impl Stream {
     /// # Errors
     /// The errno of `send(2)`, `EAGAIN` excepted.
     pub fn send_some(&self, bytes: &[u8]) -> io::Result<usize> {
-        if let Self::Tls(stream) = self {
-            return stream.send_some(bytes);
+        match self {
+            Self::Tls(stream) => return stream.send_some(bytes),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.send_some(bytes),
+            _ => {}
         }
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         match send(self.as_fd().as_raw_fd(), bytes, flags) {
@@ -222,11 +254,14 @@ impl Stream {
     /// # Errors
     /// The errno of `recv(2)`, `EAGAIN` excepted.
     pub fn receive_some(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        if let Self::Tls(stream) = self {
-            return stream.receive_some(buffer);
+        match self {
+            Self::Tls(stream) => return stream.receive_some(buffer),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.receive_some(buffer),
+            _ => {}
         }
         let fd = self.as_fd().as_raw_fd();
-        match nix::sys::socket::recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
+        match recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => self.ended().map(Some),
             Ok(received) => Ok(Some(received)),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(None),
             Err(error) => Err(error.into()),
@@ -242,7 +277,25 @@ impl Stream {
             Self::Tcp(stream) => (&mut &*stream).read(buffer),
             Self::Unix(stream) => (&mut &*stream).read(buffer),
             Self::Tls(stream) => stream.receive(buffer),
+            Self::Quic(stream) if !stream.is_pumped() => stream.receive(buffer),
+            Self::Quic(stream) => match recv(stream.as_fd().as_raw_fd(), buffer, MsgFlags::empty()) {
+                Ok(0) => stream.ended(),
+                other => Ok(other?),
+            },
         }
+    }
+
+    /// What it means that nothing more comes: the end, or a connection that was lost.
+    fn ended(&self) -> io::Result<usize> {
+        if let Self::Quic(stream) = self { stream.ended() } else { Ok(0) }
+    }
+
+    /// Sees to the timers of a connection that its user drives (a fault lane on QUIC), and says when the next is due.
+    ///
+    /// # Errors
+    /// What its socket says.
+    pub fn tend(&self) -> io::Result<Option<Instant>> {
+        if let Self::Quic(stream) = self { stream.tend() } else { Ok(None) }
     }
 
     /// Fills `buffer`.
@@ -253,10 +306,10 @@ impl Stream {
         match self {
             Self::Tcp(stream) => (&mut &*stream).read_exact(buffer),
             Self::Unix(stream) => (&mut &*stream).read_exact(buffer),
-            Self::Tls(stream) => {
+            Self::Tls(_) | Self::Quic(_) => {
                 let mut filled = 0;
                 while filled < buffer.len() {
-                    match stream.receive(&mut buffer[filled..])? {
+                    match self.receive(&mut buffer[filled..])? {
                         0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                         got => filled += got,
                     }
@@ -266,7 +319,10 @@ impl Stream {
         }
     }
 
-    pub(super) fn tune(&self, role: Role) -> io::Result<()> {
+    fn tune(&self, role: Role) -> io::Result<()> {
+        if let Self::Quic(_) = self {
+            return Ok(());
+        }
         let socket = SockRef::from(self);
         if role == Role::Push {
             // Refused values are clamped by the kernel, not errors.
@@ -297,6 +353,8 @@ impl Link for Stream {
         match self {
             Self::Tcp(_) | Self::Unix(_) => false,
             Self::Tls(stream) => stream.has_buffered(),
+            // Whatever a datagram brought was taken with it.
+            Self::Quic(_) => false,
         }
     }
 }

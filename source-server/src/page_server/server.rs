@@ -162,7 +162,7 @@ impl<'a> Server<'a> {
     {
         let (pages, layout) = (self.pages, self.layout);
         let let_in = || {
-            let stream = self.listener.accept()?.into_stream();
+            let stream = self.listener.accept()?.into_plain()?;
             end_by_reset(&stream);
             let post = self.post.clone();
             thread::Builder::new().name("client".into()).spawn_scoped(scope, move || {

@@ -9,7 +9,7 @@ use rustls::client::UnbufferedClientConnection;
 use rustls::kernel::KernelConnection;
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
-use rustls::{CertificateError, ConnectionTrafficSecrets, Error, ExtractedSecrets};
+use rustls::{ConnectionTrafficSecrets, Error, ExtractedSecrets};
 
 use super::TlsError;
 use crate::link::credentials::{NotPinned, no_tls13};
@@ -189,14 +189,11 @@ fn receive(mut socket: &TcpStream, incoming: &mut Vec<u8>, deadline: Instant) ->
 impl From<Error> for TlsError {
     fn from(error: Error) -> Self {
         match &error {
-            Error::InvalidCertificate(CertificateError::Other(other)) => {
-                match other.0.downcast_ref::<NotPinned>() {
-                    Some(NotPinned { seen }) => Self::NotPinned(*seen),
-                    None => Self::Library(error),
-                }
-            }
             Error::AlertReceived(alert) => Self::from_alert(*alert),
-            _ => Self::Library(error),
+            _ => match NotPinned::seen_in(&error) {
+                Some(seen) => Self::NotPinned(seen),
+                None => Self::Library(error),
+            },
         }
     }
 }

@@ -64,7 +64,7 @@ pub enum TlsError {
 }
 
 impl TlsError {
-    fn from_alert(alert: AlertDescription) -> Self {
+    pub(super) fn from_alert(alert: AlertDescription) -> Self {
         match alert {
             AlertDescription::AccessDenied
             | AlertDescription::BadCertificate

@@ -221,7 +221,7 @@ fn who_shows_no_certificate_or_one_of_another_is_refused() {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .dangerous()
-            .with_custom_certificate_verifier(other.knowing(&other).server_verifier())
+            .with_custom_certificate_verifier(other.knowing(&other).servers)
     };
     let nobody = anonymous(&|| builder().with_no_client_auth());
     let [_, refused] = meet(&nobody, &server);
