@@ -3,6 +3,7 @@
 //! - [`criu`]: find CRIU, start it, wait for it, quote its log
 //! - [`hooks`]: commands of the operator at phase boundaries
 //! - [`report`]: the JSON report, and the text one
+//! - [`identity`]: the key by which peers know this host; [`link_options`]: how pages travel, and to whom
 //! - [`interrupt`]: Ctrl-C as something that can be waited for
 //! - [`waiting`]: wait for several descriptors with a deadline
 //! - [`facts`]: what preflight compares
@@ -16,7 +17,9 @@
 pub mod criu;
 pub mod facts;
 pub mod hooks;
+pub mod identity;
 pub mod interrupt;
+pub mod link_options;
 pub mod logging;
 pub mod mailbox;
 pub mod placement;

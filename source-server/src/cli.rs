@@ -6,8 +6,10 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::hooks::Hook;
+use host::identity::IdentityArguments;
+use host::link_options::LinkOptions;
 use protocol::criu::page_server::HeaderLayout;
-use protocol::link::{Endpoint, LinkKind};
+use protocol::link::{Endpoint, LinkKind, Protection};
 
 use crate::lanes::Pace;
 use crate::mover::{MoveConfig, Mover, StoreKind};
@@ -39,7 +41,8 @@ enum Verb {
     /// Exit status: 0 moved and released; 1 failed and rolled back, the process runs here; 2 wrong usage or
     /// refused by preflight, nothing was touched; 3 failed after the switchover, what to do is printed.
     #[command(
-        after_help = "Example:\n  source-server move --pid 4711 --to 192.0.2.7:7000 --insecure \\\n      \
+        after_help = "Examples:\n  source-server move --pid 4711 --to 192.0.2.7:7000 --link tls --peer FINGERPRINT\n  \
+                            source-server move --pid 4711 --to 192.0.2.7:7000 --insecure \\\n      \
                             --hook post-dump='ip addr del 192.0.2.80/24 dev eth0' -- --tcp-established"
     )]
     Move(MoveArguments),
@@ -48,6 +51,12 @@ enum Verb {
     /// `criu lazy-pages --page-server --address A --port P` is the client. The pages come from a CRIU image
     /// directory or from a process that stands still. Ends when a client closes the session.
     PageServer(PageServerArguments),
+    /// Make this host's key, if it has none, and print its fingerprint.
+    ///
+    /// Peers know this host by it: give the fingerprint to `uffd-daemon serve --link tls --peer FINGERPRINT` on the
+    /// destination, and the destination's to `source-server move` here. Keys of `uffd-daemon identity` are the same:
+    /// a host needs one.
+    Identity(IdentityArguments),
 }
 
 #[derive(Debug, Args)]
@@ -77,9 +86,8 @@ struct MoveArguments {
     /// Where `uffd-daemon serve` listens: HOST:PORT, or a socket path with --link unix
     #[arg(long, value_name = "HOST:PORT")]
     to: String,
-    /// How pages travel: tcp or unix
-    #[arg(long, default_value = "tcp")]
-    link: LinkKind,
+    #[command(flatten)]
+    link: LinkOptions,
     /// Rounds of copying before the freeze; 0 is pure post-copy, the only one in this release
     #[arg(long, default_value = "0", value_name = "N")]
     precopy_rounds: String,
@@ -95,9 +103,6 @@ struct MoveArguments {
     /// Write the report as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Allow plain tcp to addresses other than loopback
-    #[arg(long)]
-    insecure: bool,
     #[command(flatten)]
     common: Common,
     /// Passed on to criu dump
@@ -148,6 +153,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
     match arguments.command {
         Verb::Move(arguments) => run_move(arguments),
         Verb::PageServer(arguments) => run_page_server(&arguments),
+        Verb::Identity(arguments) => arguments.run("source-server"),
     }
 }
 
@@ -167,7 +173,7 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         return usage("--precopy-rounds: this release has pure post-copy only, give 0");
     }
     let Some(pid) = arguments.pid else { return usage("--pid is missing") };
-    let to = match Endpoint::parse(arguments.link, &arguments.to, arguments.insecure) {
+    let to = match arguments.link.endpoint(&arguments.to) {
         Ok(to) => to,
         Err(error) => return usage(&error),
     };
@@ -210,7 +216,8 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
 fn run_page_server(arguments: &PageServerArguments) -> ExitCode {
     host::logging::start(arguments.common.verbose, arguments.common.quiet);
     let address = format!("{}:{}", arguments.address, arguments.port);
-    let endpoint = match Endpoint::parse(LinkKind::Tcp, &address, arguments.insecure) {
+    let protection = if arguments.insecure { Protection::Insecure } else { Protection::Loopback };
+    let endpoint = match Endpoint::parse(LinkKind::Tcp, &address, &protection) {
         Ok(endpoint) => endpoint,
         Err(error) => return usage(&error),
     };

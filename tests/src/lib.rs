@@ -5,6 +5,7 @@
 //! - [`programs`]: where the programs and CRIUs are
 //! - [`tool`]: a program of ours as a process: its lines, its end
 //! - [`moves`]: both sides of a move, started, waited for and judged
+//! - [`keys`]: by which the sides know each other on links that authenticate
 //! - [`accounts`]: what two reports of one move must agree on
 //! - [`stamps`]: the stamping workload before, during and after a move
 //! - [`gate`]: a hook that stops a move at a phase until the test lets it go on
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 pub mod accounts;
 pub mod echo;
 pub mod gate;
+pub mod keys;
 pub mod moves;
 pub mod peer;
 pub mod processes;

@@ -7,6 +7,8 @@ use std::process::Command;
 use experiments::stamp::{Handle, Options};
 use experiments::workload::Files;
 
+use crate::accounts::Memory;
+use crate::moves::Plan;
 use crate::site::Site;
 use crate::{STEP, processes, programs};
 
@@ -21,6 +23,33 @@ pub struct Stamp {
 #[must_use]
 pub fn small(site: &Site, mib: usize) -> Options {
     Options { mib, threads: 2, ..options(site, "stamp") }
+}
+
+/// Moves a workload once and judges everything about it: every page of it, both reports, and what is left.
+///
+/// # Panics
+/// If anything is not as it should be.
+#[track_caller]
+pub fn move_once(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) {
+    let mut stamp = Stamp::start(options);
+    let ended = plan.run(site, stamp.pid());
+    ended.assert_released(memory);
+    let lazy = ended.destination.report().pages.lazy;
+    let arena = u64::try_from((options.mib << 8) * usize::from(options.tree)).expect("a size");
+    assert!(lazy > arena / 10 * 9, "hardly any of {arena} pages was lazy: {:#?}", ended.destination);
+    let tasks = ended.destination.report().tasks.len();
+    // A child that was just forked moves, too.
+    assert!(tasks >= usize::from(options.tree) && (tasks == usize::from(options.tree) || options.fork));
+    let pid = stamp.pid();
+    stamp.mark_moved();
+    let root = site.moved(pid).expect("the moved root");
+    stamp.assert_unharmed();
+    let tree: Vec<u32> = processes::below(root).into_iter().map(|entry| entry.pid).collect();
+    let init = processes::Entry::of(root).expect("the moved root").parent;
+    site.assert_clean(&[&tree[..], &[root, init]].concat());
+    stamp.quit();
+    site.assert_clean(&[]);
+    println!("{}{}", ended.source.report(), ended.destination.report());
 }
 
 /// The defaults of the workload, its files in the test's directory.

@@ -7,7 +7,7 @@ use experiments::stamp::Options;
 use tests::accounts::Memory;
 use tests::moves::Plan;
 use tests::site::{Site, default_work_dirs};
-use tests::stamps::{self, Stamp};
+use tests::stamps::{self, Stamp, move_once};
 use tests::{long, programs};
 
 const MIB: usize = 512;
@@ -16,29 +16,6 @@ const STORES: [&str; 2] = ["pipes", "frozen"];
 /// Moves in a row: one, or as many as the long variant makes.
 fn rounds() -> u32 {
     if long() { 20 } else { 1 }
-}
-
-/// Moves a workload once and judges everything about it.
-fn move_once(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) {
-    let mut stamp = Stamp::start(options);
-    let ended = plan.run(site, stamp.pid());
-    ended.assert_released(memory);
-    let lazy = ended.destination.report().pages.lazy;
-    let arena = u64::try_from((options.mib << 8) * usize::from(options.tree)).unwrap();
-    assert!(lazy > arena / 10 * 9, "hardly any of {arena} pages was lazy: {:#?}", ended.destination);
-    let tasks = ended.destination.report().tasks.len();
-    // A child that was just forked moves, too.
-    assert!(tasks >= usize::from(options.tree) && (tasks == usize::from(options.tree) || options.fork));
-    let pid = stamp.pid();
-    stamp.mark_moved();
-    let root = site.moved(pid).expect("the moved root");
-    stamp.assert_unharmed();
-    let tree: Vec<u32> = tests::processes::below(root).into_iter().map(|entry| entry.pid).collect();
-    let init = tests::processes::Entry::of(root).unwrap().parent;
-    site.assert_clean(&[&tree[..], &[root, init]].concat());
-    stamp.quit();
-    site.assert_clean(&[]);
-    println!("{}{}", ended.source.report(), ended.destination.report());
 }
 
 fn move_each(store: &str, options: impl Fn(&Site) -> Options, memory: Memory) {

@@ -75,9 +75,6 @@ fn what_the_source_is_not_told_rightly() {
         &source(&["--pid", &pid, "--to", "nowhere.invalid:7000"]),
         &["nowhere.invalid", "HOST:PORT"],
     );
-    for link in ["tls", "quic"] {
-        assert_refused(&with(&["--link", link]), &["not in this release", "--link tcp"]);
-    }
     assert_refused(&with(&["--link", "smoke"]), &["smoke", "tcp"]);
     assert_refused(&with(&["--hook", "post-dump"]), &["PHASE=COMMAND", "post-dump"]);
     assert_refused(&with(&["--hook", "later=true"]), &["later", "pre-freeze"]);
@@ -104,7 +101,6 @@ fn what_the_daemon_is_not_told_rightly() {
     let address = taken.local_addr().unwrap().to_string();
     assert_refused(&daemon(&["--listen", &address]), &[&address, "choose another"]);
     let with = |more: &[&str]| daemon(&[&["--listen", "127.0.0.1:0"][..], more].concat());
-    assert_refused(&with(&["--link", "tls"]), &["not in this release", "--link tcp"]);
     assert_refused(&with(&["--hook", "x"]), &["PHASE=COMMAND"]);
     assert_refused(&with(&["--pidns", "maybe"]), &["auto", "host", "new"]);
     assert_refused(&with(&["--criu", "/nonexistent/criu"]), &["/nonexistent/criu", "scripts/setup"]);

@@ -8,7 +8,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::criu::Criu;
 use host::facts::problem;
 use host::hooks::{Hook, Hooks};
-use protocol::link::{Endpoint, LinkKind};
+use host::identity::IdentityArguments;
+use host::link_options::LinkOptions;
 
 use crate::lazy_pages::LazyPagesArguments;
 use crate::restore::PidPlace;
@@ -40,7 +41,8 @@ enum Verb {
     /// Exit status with --once: 0 moved and released; 1 rolled back, nothing is left here; 2 wrong usage;
     /// 3 failed after the switchover, the tasks wait for missing pages and what to do is printed.
     #[command(
-        after_help = "Example:\n  uffd-daemon serve --listen 0.0.0.0:7000 --insecure --once \\\n      \
+        after_help = "Examples:\n  uffd-daemon serve --listen 0.0.0.0:7000 --link tls --peer FINGERPRINT\n  \
+                            uffd-daemon serve --listen 0.0.0.0:7000 --insecure --once \\\n      \
                             --hook pre-restore='ip addr add 192.0.2.80/24 dev eth0' -- --tcp-established"
     )]
     Serve(ServeArguments),
@@ -48,6 +50,12 @@ enum Verb {
     LazyPages(LazyPagesArguments),
     /// Say what stands against restoring a tree on this host.
     Preflight(CriuArgument),
+    /// Make this host's key, if it has none, and print its fingerprint.
+    ///
+    /// Peers know this host by it: give the fingerprint to `source-server move --link tls --peer FINGERPRINT` on the
+    /// source, and the source's to `uffd-daemon serve` here. Keys of `source-server identity` are the same: a host
+    /// needs one.
+    Identity(IdentityArguments),
     #[command(name = keeper::VERB, hide = true)]
     Keeper,
     #[command(name = pidns::OUTER_VERB, hide = true)]
@@ -68,9 +76,8 @@ struct ServeArguments {
     /// Where to listen: ADDR:PORT (port 0 lets the kernel choose), or a socket path with --link unix
     #[arg(long, value_name = "ADDR:PORT")]
     listen: String,
-    /// How pages travel: tcp or unix
-    #[arg(long, default_value = "tcp")]
-    link: LinkKind,
+    #[command(flatten)]
+    link: LinkOptions,
     /// PID namespace of restored trees: host needs every pid to be free here, auto takes a new one if not
     #[arg(long, default_value = "auto")]
     pidns: PidnsArgument,
@@ -89,9 +96,6 @@ struct ServeArguments {
     /// Write the report of each move as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Allow plain tcp on addresses other than loopback
-    #[arg(long)]
-    insecure: bool,
     #[command(flatten)]
     criu: CriuArgument,
     /// Where working directories are made [default: a memory file system]
@@ -122,6 +126,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Verb::Serve(arguments) => run_serve(arguments),
         Verb::LazyPages(arguments) => lazy_pages::run(&arguments),
         Verb::Preflight(arguments) => run_preflight(&arguments),
+        Verb::Identity(arguments) => arguments.run("uffd-daemon"),
         Verb::Keeper => keeper::run(),
         Verb::PidnsOuter => pidns::run_outer(),
         Verb::PidnsInit => pidns::run_init(),
@@ -150,7 +155,7 @@ fn run_serve(arguments: ServeArguments) -> ExitCode {
     if arguments.metrics.is_some() {
         return usage("--metrics is not in this release; use --json");
     }
-    let listen = match Endpoint::parse(arguments.link, &arguments.listen, arguments.insecure) {
+    let listen = match arguments.link.endpoint(&arguments.listen) {
         Ok(listen) => listen,
         Err(error) => return usage(&error),
     };

@@ -200,7 +200,9 @@ impl<U: Upstream> FaultLoop<U> {
         } else if !self.deferred.is_empty() || !self.zeroes.is_empty() {
             Duration::from_millis(1)
         } else {
-            limits::LIVENESS_INTERVAL
+            let due = self.upstream.as_ref().and_then(Upstream::due);
+            let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
+            until_due.map_or(limits::LIVENESS_INTERVAL, |left| limits::LIVENESS_INTERVAL.min(left))
         };
         self.polled.wait(timeout)?;
         Ok(Ready {

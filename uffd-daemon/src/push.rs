@@ -4,7 +4,6 @@
 //! slice in the kernel or in a family's lock.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -85,7 +84,7 @@ impl PushLane {
                     return Ok(());
                 }
             }
-            if !waiting::readable_within(self.stream.as_fd(), limits::ACK_INTERVAL)? {
+            if !waiting::link_within(&self.stream, limits::ACK_INTERVAL)? {
                 self.tree.check_settled();
                 continue;
             }

@@ -13,7 +13,7 @@ use host::interrupt::Interrupt;
 use host::mailbox::{Post, mailbox};
 use host::report::Report;
 use host::waiting;
-use protocol::link::{ControlChannel, Endpoint, LinkError, Listener, Stream};
+use protocol::link::{Accepted, ControlChannel, Endpoint, LinkError, Listener, Stream};
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret};
 
 use crate::limits;
@@ -99,11 +99,11 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
         }
         if connected {
             match listener.accept() {
-                Ok(stream) if strangers.load(Ordering::Relaxed) < limits::STRANGERS_MAX => {
+                Ok(stranger) if strangers.load(Ordering::Relaxed) < limits::STRANGERS_MAX => {
                     strangers.fetch_add(1, Ordering::Relaxed);
                     let (context, strangers) = (context.clone(), strangers.clone());
                     std::thread::spawn(move || {
-                        let opened = context.greet(stream);
+                        let opened = context.greet(stranger);
                         strangers.fetch_sub(1, Ordering::Relaxed);
                         if let Some(session) = opened {
                             context.run(session);
@@ -111,7 +111,11 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
                     });
                 }
                 // Too many at once: the connection is dropped, honest peers dial again.
-                Ok(stream) => tracing::warn!(peer = stream.peer(), "too many connections without a hello"),
+                Ok(stranger) => {
+                    tracing::warn!(peer = stranger.peer(), "too many connections without a hello")
+                }
+                // QUIC listens with more datagrams than those that open connections.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => tracing::warn!("accept failed: {error}"),
             }
         }
@@ -133,16 +137,12 @@ struct Context {
 
 impl Context {
     /// Reads a stranger's hello: opens a session, or brings a lane to one.
-    fn greet(&self, stream: Stream) -> Option<(SessionId, Session)> {
-        let peer = stream.peer();
-        let hello = match stream.read_hello() {
-            Ok(Ok(hello)) => hello,
-            Ok(Err(error)) => {
-                tracing::warn!(peer, "{error}");
-                return None;
-            }
+    fn greet(&self, stranger: Accepted) -> Option<(SessionId, Session)> {
+        let peer = stranger.peer();
+        let (stream, hello) = match stranger.greet() {
+            Ok(greeted) => greeted,
             Err(error) => {
-                tracing::warn!(peer, "no hello: {error}");
+                tracing::warn!(peer, "{error}");
                 return None;
             }
         };

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 
-use super::Stream;
+use super::{Link, Stream};
 use crate::wire::codec::CodecError;
 use crate::wire::control::Control;
 use crate::wire::frame::{HEADER_LEN, Header, encode_frame};
@@ -51,6 +51,12 @@ pub struct ControlChannel {
 impl AsFd for ControlChannel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+impl Link for ControlChannel {
+    fn has_buffered(&self) -> bool {
+        self.stream.has_buffered()
     }
 }
 

@@ -1,18 +1,18 @@
 //! Stream sockets, tuned by role.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, SockaddrStorage, send, sendmsg};
+use nix::sys::socket::{MsgFlags, SockaddrStorage, recv, send, sendmsg};
 use socket2::{SockRef, TcpKeepalive};
 
-use super::{Endpoint, LinkError};
-use crate::wire::hello::{
-    HELLO_LEN, HELLO_REPLY_LEN, Hello, HelloError, Refusal, Role, decode_reply, encode_reply,
-};
+use super::quic::QuicStream;
+use super::tls::{TlsError, TlsStream};
+use super::{Endpoint, Link, LinkError};
+use crate::wire::hello::{HELLO_REPLY_LEN, Hello, Refusal, Role, decode_reply, encode_reply};
 use crate::wire::limits;
 
 /// Receive buffer of a push lane on a short link. What waits there is on its way for a thread that needs it: it is
@@ -28,6 +28,10 @@ pub enum Stream {
     Tcp(TcpStream),
     /// Unix.
     Unix(UnixStream),
+    /// TLS over TCP.
+    Tls(TlsStream),
+    /// QUIC.
+    Quic(QuicStream),
 }
 
 impl AsFd for Stream {
@@ -35,6 +39,8 @@ impl AsFd for Stream {
         match self {
             Self::Tcp(stream) => stream.as_fd(),
             Self::Unix(stream) => stream.as_fd(),
+            Self::Tls(stream) => stream.as_fd(),
+            Self::Quic(stream) => stream.as_fd(),
         }
     }
 }
@@ -46,31 +52,36 @@ impl Stream {
     /// [`LinkError`]: nobody there, no peer of ours, or refused.
     pub fn dial(endpoint: &Endpoint, hello: &Hello) -> Result<Self, LinkError> {
         let fail = |source| LinkError::Io { doing: "connect to", endpoint: endpoint.to_string(), source };
+        let deadline = Instant::now() + limits::HELLO_TIMEOUT;
+        let connect = |addr| TcpStream::connect_timeout(addr, limits::HELLO_TIMEOUT);
         let stream = match endpoint {
-            Endpoint::Tcp(addr) => {
-                Self::Tcp(TcpStream::connect_timeout(addr, limits::HELLO_TIMEOUT).map_err(fail)?)
-            }
+            Endpoint::Tcp(addr) => Self::Tcp(connect(addr).map_err(fail)?),
             Endpoint::Unix(path) => Self::Unix(UnixStream::connect(path).map_err(fail)?),
+            Endpoint::Tls(to) => {
+                let socket = connect(&to.addr).map_err(fail)?;
+                let secured = TlsStream::dial(socket, to.name.clone(), &to.credentials, deadline);
+                Self::Tls(secured.map_err(|source| LinkError::tls(to, source))?)
+            }
+            Endpoint::Quic(to) => {
+                let secured = QuicStream::dial(to, hello.role, deadline);
+                Self::Quic(secured.map_err(|source| LinkError::tls(to, source))?)
+            }
         };
         stream.tune(hello.role).map_err(fail)?;
         stream.set_timeout(Some(limits::HELLO_TIMEOUT)).map_err(fail)?;
         stream.send_all(&hello.encode(), false).map_err(fail)?;
         let mut reply = [0; HELLO_REPLY_LEN];
-        stream.receive_all(&mut reply).map_err(fail)?;
+        stream.receive_all(&mut reply).map_err(|error| match endpoint {
+            // A client learns behind its handshake only whether it was accepted.
+            Endpoint::Tls(to) | Endpoint::Quic(to) => LinkError::tls(to, TlsError::of_stream(error)),
+            _ => fail(error),
+        })?;
         decode_reply(&reply).map_err(|source| LinkError::Hello { endpoint: endpoint.to_string(), source })?;
         stream.set_timeout(None).map_err(fail)?;
-        Ok(stream)
-    }
-
-    /// Reads the hello of an accepted connection. The caller answers with [`Stream::answer`].
-    ///
-    /// # Errors
-    /// [`HelloError`] for a stranger; an I/O error becomes [`io::Error`].
-    pub fn read_hello(&self) -> io::Result<Result<Hello, HelloError>> {
-        self.set_timeout(Some(limits::HELLO_TIMEOUT))?;
-        let mut bytes = [0; HELLO_LEN];
-        self.receive_all(&mut bytes)?;
-        Ok(Hello::decode(&bytes))
+        match stream {
+            Self::Quic(stream) => Ok(Self::Quic(stream.for_role(hello.role).map_err(fail)?)),
+            stream => Ok(stream),
+        }
     }
 
     /// Answers a hello, and tunes the socket for `role` if it was accepted.
@@ -89,10 +100,24 @@ impl Stream {
         match self {
             Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string()),
             Self::Unix(_) => "unix peer".into(),
+            Self::Quic(stream) => stream.peer().to_string(),
+            Self::Tls(stream) => {
+                stream.socket().peer_addr().map_or_else(|_| "?".into(), |addr| addr.to_string())
+            }
         }
     }
 
-    /// The same connection under a second descriptor, for a second thread.
+    /// Whether bytes may be put into its descriptor past these calls, as splice does.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => true,
+            Self::Tls(_) => false,
+            Self::Quic(stream) => stream.is_pumped(),
+        }
+    }
+
+    /// The same connection for a second thread, where the kernel keeps it under a second descriptor.
     ///
     /// # Errors
     /// The errno of `dup(2)`.
@@ -100,6 +125,8 @@ impl Stream {
         Ok(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+            Self::Tls(stream) => Self::Tls(stream.clone()),
+            Self::Quic(stream) => Self::Quic(stream.clone()),
         })
     }
 
@@ -108,7 +135,13 @@ impl Stream {
     pub fn incoming_processor(&self) -> Option<usize> {
         match self {
             // -1, as an unsigned number, before the first.
-            Self::Tcp(_) => SockRef::from(self).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16),
+            Self::Tcp(_) | Self::Tls(_) => {
+                SockRef::from(self).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16)
+            }
+            Self::Quic(stream) => {
+                let socket = stream.socket()?;
+                SockRef::from(socket).cpu_affinity().ok().filter(|cpu| *cpu < 1 << 16)
+            }
             Self::Unix(_) => None,
         }
     }
@@ -118,6 +151,9 @@ impl Stream {
     /// # Errors
     /// The errno of `setsockopt(2)`.
     pub fn set_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        if let Self::Quic(stream) = self {
+            return stream.set_timeout(timeout);
+        }
         let socket = SockRef::from(self);
         socket.set_read_timeout(timeout)?;
         socket.set_write_timeout(timeout)
@@ -133,6 +169,11 @@ impl Stream {
 
     /// Ends the connection in both directions; who waits on it wakes up.
     pub fn shutdown(&self) {
+        match self {
+            Self::Tls(stream) => return stream.shutdown(),
+            Self::Quic(stream) => return stream.shutdown(),
+            Self::Tcp(_) | Self::Unix(_) => {}
+        }
         // An error means that it has ended already.
         let _ = SockRef::from(self).shutdown(std::net::Shutdown::Both);
     }
@@ -142,6 +183,11 @@ impl Stream {
     /// # Errors
     /// The errno of `send(2)`.
     pub fn send_all(&self, bytes: &[u8], more: bool) -> io::Result<()> {
+        match self {
+            Self::Tls(stream) => return stream.send_all(&[bytes]),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.send_all(&[bytes]),
+            _ => {}
+        }
         let flags = sending(more);
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -161,6 +207,11 @@ impl Stream {
     /// # Errors
     /// The errno of `sendmsg(2)`.
     pub fn send_both(&self, head: &[u8], body: &[u8], more: bool) -> io::Result<()> {
+        match self {
+            Self::Tls(stream) => return stream.send_all(&[head, body]),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.send_all(&[head, body]),
+            _ => {}
+        }
         let flags = sending(more);
         let slices = [IoSlice::new(head), IoSlice::new(body)];
         let sent = loop {
@@ -179,11 +230,17 @@ impl Stream {
         }
     }
 
-    /// Sends what the kernel takes at once: the number of bytes, 0 if none.
+    /// Sends what the kernel takes at once: the number of bytes, 0 if none. The next call goes on with the rest, as
+    /// an encrypting link may have begun to send it.
     ///
     /// # Errors
     /// The errno of `send(2)`, `EAGAIN` excepted.
     pub fn send_some(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tls(stream) => return stream.send_some(bytes),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.send_some(bytes),
+            _ => {}
+        }
         let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
         match send(self.as_fd().as_raw_fd(), bytes, flags) {
             Ok(sent) => Ok(sent),
@@ -192,13 +249,20 @@ impl Stream {
         }
     }
 
-    /// Receives what is there without waiting: `None` if nothing is, `Some(0)` at the end of the stream.
+    /// Receives what is there without waiting: `None` if nothing is, `Some(0)` at the end of the stream. Unless
+    /// `buffer` is filled, more comes only once the descriptor is readable.
     ///
     /// # Errors
     /// The errno of `recv(2)`, `EAGAIN` excepted.
     pub fn receive_some(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match self {
+            Self::Tls(stream) => return stream.receive_some(buffer),
+            Self::Quic(stream) if !stream.is_pumped() => return stream.receive_some(buffer),
+            _ => {}
+        }
         let fd = self.as_fd().as_raw_fd();
-        match nix::sys::socket::recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
+        match recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => self.ended().map(Some),
             Ok(received) => Ok(Some(received)),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => Ok(None),
             Err(error) => Err(error.into()),
@@ -213,7 +277,26 @@ impl Stream {
         match self {
             Self::Tcp(stream) => (&mut &*stream).read(buffer),
             Self::Unix(stream) => (&mut &*stream).read(buffer),
+            Self::Tls(stream) => stream.receive(buffer),
+            Self::Quic(stream) if !stream.is_pumped() => stream.receive(buffer),
+            Self::Quic(stream) => match recv(stream.as_fd().as_raw_fd(), buffer, MsgFlags::empty()) {
+                Ok(0) => stream.ended(),
+                other => Ok(other?),
+            },
         }
+    }
+
+    /// What it means that nothing more comes: the end, or a connection that was lost.
+    fn ended(&self) -> io::Result<usize> {
+        if let Self::Quic(stream) = self { stream.ended() } else { Ok(0) }
+    }
+
+    /// Sees to the timers of a connection that its user drives (a fault lane on QUIC), and says when the next is due.
+    ///
+    /// # Errors
+    /// What its socket says.
+    pub fn tend(&self) -> io::Result<Option<Instant>> {
+        if let Self::Quic(stream) = self { stream.tend() } else { Ok(None) }
     }
 
     /// Fills `buffer`.
@@ -224,10 +307,23 @@ impl Stream {
         match self {
             Self::Tcp(stream) => (&mut &*stream).read_exact(buffer),
             Self::Unix(stream) => (&mut &*stream).read_exact(buffer),
+            Self::Tls(_) | Self::Quic(_) => {
+                let mut filled = 0;
+                while filled < buffer.len() {
+                    match self.receive(&mut buffer[filled..])? {
+                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        got => filled += got,
+                    }
+                }
+                Ok(())
+            }
         }
     }
 
     fn tune(&self, role: Role) -> io::Result<()> {
+        if let Self::Quic(_) = self {
+            return Ok(());
+        }
         let socket = SockRef::from(self);
         let path = kernel::tcp::path(self.as_fd()).ok().flatten();
         if role == Role::Push && path.is_none_or(|path| path.min_rtt < SHORT_LINK) {
@@ -235,8 +331,8 @@ impl Stream {
             socket.set_send_buffer_size(PUSH_BUFFER)?;
             socket.set_recv_buffer_size(PUSH_BUFFER)?;
         }
-        if let Self::Tcp(stream) = self {
-            stream.set_nodelay(true)?;
+        if !matches!(self, Self::Unix(_)) {
+            socket.set_tcp_nodelay(true)?;
             // BBR, a common default, paces loopback and data-centre links far below their rate and adds
             // milliseconds to single requests; cubic is built into every kernel that has not removed it.
             let _ = socket.set_tcp_congestion(b"cubic");
@@ -259,6 +355,17 @@ fn sending(more: bool) -> MsgFlags {
     MsgFlags::MSG_NOSIGNAL | more
 }
 
+impl Link for Stream {
+    fn has_buffered(&self) -> bool {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => false,
+            Self::Tls(stream) => stream.has_buffered(),
+            // Whatever a datagram brought was taken with it.
+            Self::Quic(_) => false,
+        }
+    }
+}
+
 impl Write for &Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.send_all(bytes, false)?;
@@ -267,62 +374,5 @@ impl Write for &Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// A listening socket.
-#[derive(Debug)]
-pub enum Listener {
-    /// TCP.
-    Tcp(TcpListener),
-    /// Unix.
-    Unix(UnixListener),
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener) => listener.as_fd(),
-        }
-    }
-}
-
-impl Listener {
-    /// Listens at `endpoint`; port 0 lets the kernel choose, [`Listener::endpoint`] tells.
-    ///
-    /// # Errors
-    /// [`LinkError::Io`].
-    pub fn bind(endpoint: &Endpoint) -> Result<Self, LinkError> {
-        let fail = |source| LinkError::Io { doing: "listen at", endpoint: endpoint.to_string(), source };
-        match endpoint {
-            Endpoint::Tcp(addr) => Ok(Self::Tcp(TcpListener::bind(addr).map_err(fail)?)),
-            Endpoint::Unix(path) => Ok(Self::Unix(UnixListener::bind(path).map_err(fail)?)),
-        }
-    }
-
-    /// Where it listens.
-    ///
-    /// # Errors
-    /// The errno of `getsockname(2)`.
-    pub fn endpoint(&self) -> io::Result<Endpoint> {
-        match self {
-            Self::Tcp(listener) => Ok(Endpoint::Tcp(listener.local_addr()?)),
-            Self::Unix(listener) => {
-                let addr = listener.local_addr()?;
-                Ok(Endpoint::Unix(addr.as_pathname().map(Into::into).unwrap_or_default()))
-            }
-        }
-    }
-
-    /// Waits for a connection.
-    ///
-    /// # Errors
-    /// The errno of `accept(2)`.
-    pub fn accept(&self) -> io::Result<Stream> {
-        match self {
-            Self::Tcp(listener) => Ok(Stream::Tcp(listener.accept()?.0)),
-            Self::Unix(listener) => Ok(Stream::Unix(listener.accept()?.0)),
-        }
     }
 }

@@ -107,6 +107,9 @@ pub enum Refusal {
     /// The peer has as many sessions as it takes.
     #[error("peer is busy with another move; try again when it is done")]
     Busy,
+    /// The peer has another kind of link.
+    #[error("peer uses another kind of link; give both sides the same --link")]
+    Link,
     /// A code from a later release.
     #[error("peer refused with code {0}")]
     Other(u16),
@@ -119,6 +122,7 @@ impl Refusal {
             Self::PageSize => 2,
             Self::Session => 3,
             Self::Busy => 4,
+            Self::Link => 5,
             Self::Other(code) => code,
         }
     }
@@ -129,6 +133,7 @@ impl Refusal {
             2 => Self::PageSize,
             3 => Self::Session,
             4 => Self::Busy,
+            5 => Self::Link,
             other => Self::Other(other),
         }
     }
@@ -140,6 +145,9 @@ pub enum HelloError {
     /// Other magic: this is no peer of ours.
     #[error("not a move session (magic {0:#x}); is the port right?")]
     Magic(u32),
+    /// TLS, where none is spoken.
+    #[error("the peer speaks tls, this side does not; give both sides the same --link")]
+    Tls,
     /// A field has no meaning.
     #[error("hello is malformed")]
     Malformed(#[from] CodecError),
@@ -183,7 +191,7 @@ impl Hello {
         let mut fields = Decoder::new(bytes);
         let magic = fields.u32("magic")?;
         if magic != MAGIC {
-            return Err(HelloError::Magic(magic));
+            return Err(if is_tls(bytes) { HelloError::Tls } else { HelloError::Magic(magic) });
         }
         let versions = (fields.u16("version")?, fields.u16("version")?);
         let number = fields.u8("role")?;
@@ -211,6 +219,17 @@ impl Hello {
         }
         Ok(version)
     }
+}
+
+/// Whether a connection begins like one of ours that is not encrypted.
+#[must_use]
+pub fn is_ours(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC.to_le_bytes())
+}
+
+/// Whether a connection begins with a TLS handshake record.
+fn is_tls(bytes: &[u8]) -> bool {
+    bytes.starts_with(&[22, 3])
 }
 
 /// The bytes of a reply.
@@ -275,8 +294,17 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_begins_with_tls_is_told_apart() {
+        let mut bytes = hello().encode();
+        assert!(is_ours(&bytes) && is_ours(&encode_reply(Ok(1))));
+        bytes[..5].copy_from_slice(&[22, 3, 1, 2, 0]);
+        assert!(!is_ours(&bytes));
+        assert_eq!(Hello::decode(&bytes), Err(HelloError::Tls));
+    }
+
+    #[test]
     fn a_refusal_reaches_the_dialler() {
-        for refusal in [Refusal::Version, Refusal::PageSize, Refusal::Session, Refusal::Busy] {
+        for refusal in [Refusal::Version, Refusal::PageSize, Refusal::Session, Refusal::Busy, Refusal::Link] {
             let reply = decode_reply(&encode_reply(Err(refusal)));
             assert_eq!(reply, Err(HelloError::Refused(refusal)));
         }

@@ -141,7 +141,7 @@ pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let mut head = [0; HEADER_LEN];
     let mut body = Vec::new();
     while lanes.ledger().missing() > 0 {
-        while !waiting::readable_within(lane.as_fd(), limits::LANE_LOOK_INTERVAL).map_err(&broken)? {
+        while !waiting::link_within(lane, limits::LANE_LOOK_INTERVAL).map_err(&broken)? {
             // A busy destination may take any time to read; one whose kernel is silent is gone.
             if kernel::tcp::unheard_for(lane.as_fd()).is_ok_and(|age| age > Some(DEAD_LINK_AFTER)) {
                 return Err(broken(std::io::ErrorKind::TimedOut.into()));

@@ -23,9 +23,10 @@ use host::hooks::{Hook, HookPhase, Hooks};
 use host::interrupt::Interrupt;
 use host::progress::Progress;
 use host::report::{Outcome, Recorder, Report, TaskReport};
-use protocol::link::{Endpoint, LinkError};
+use protocol::link::tls::TlsError;
+use protocol::link::{Endpoint, Fingerprint, LinkError};
 use protocol::wire::control::Problem;
-use protocol::wire::hello::{SessionId, SessionSecret};
+use protocol::wire::hello::{HelloError, Refusal, SessionId, SessionSecret};
 
 use crate::lanes::Pace;
 use crate::preflight;
@@ -225,9 +226,32 @@ impl From<LinkError> for MoveError {
     fn from(error: LinkError) -> Self {
         let remedy = match &error {
             LinkError::Io { .. } => "start `uffd-daemon serve` there and check address, port and firewall",
+            LinkError::Hello { source: HelloError::Refused(Refusal::Link), .. } => {
+                "`uffd-daemon serve` there was started with another --link"
+            }
             LinkError::Hello { .. } => "check that `uffd-daemon serve` of the same release listens there",
+            LinkError::Tls { own, source, .. } => {
+                return Self::problem(error.to_string(), trust_remedy(own, source));
+            }
         };
         Self::problem(error.to_string(), remedy)
+    }
+}
+
+/// What to do about a peer that is not accepted, or does not accept us.
+fn trust_remedy(own: &Fingerprint, error: &TlsError) -> String {
+    match error {
+        TlsError::NotPinned(seen) => format!(
+            "compare it with what `uffd-daemon identity` prints there; if they are the same, give --peer {seen}"
+        ),
+        TlsError::NotAccepted(_) => {
+            format!("this host's fingerprint is {own}: start `uffd-daemon serve` there with --peer {own}")
+        }
+        TlsError::Plain => "start `uffd-daemon serve` there with --link tls as well".into(),
+        TlsError::Library(_) => "check key and certificates of both sides: `source-server identity`".into(),
+        TlsError::Io(_) => {
+            "start `uffd-daemon serve --link tls` there and check address, port and firewall".into()
+        }
     }
 }
 

@@ -41,9 +41,8 @@ impl Session {
         let bytes = control.send(&Control::Offer(offer)).map_err(broken)?;
         mover.recorder.report().bytes.control += bytes;
         let deadline = Some(Instant::now() + limits::VERDICT_TIMEOUT);
-        let fds = [control.as_fd(), mover.interrupt.as_fd()];
-        let [answered, interrupted] =
-            waiting::readable(fds, deadline).map_err(|error| broken(error.into()))?;
+        let (answered, [interrupted]) = waiting::link_or(&control, [mover.interrupt.as_fd()], deadline)
+            .map_err(|error| broken(error.into()))?;
         if interrupted {
             return Err(MoveError::RolledBack("interrupted".into()));
         }
@@ -94,7 +93,7 @@ impl Session {
 
     /// Why nothing can be sent any more: the destination's own reason, if it gave one before it closed.
     pub(super) fn lost(&self, error: &ControlError) -> String {
-        while let Ok(true) = waiting::readable_within(self.control.as_fd(), Duration::ZERO) {
+        while let Ok(true) = waiting::link_within(&self.control, Duration::ZERO) {
             match self.control.receive() {
                 Ok(Control::Abort(reason)) => return format!("destination: {reason}"),
                 Ok(_) => {}
@@ -107,7 +106,7 @@ impl Session {
     /// Whether a destination that gave up says that it is clean. It says so only of a tree that never ran, so
     /// the source may run again even if the commit was on its way.
     pub(super) fn is_rolled_back(&self) -> bool {
-        let answered = || waiting::readable_within(self.control.as_fd(), limits::REASON_PATIENCE);
+        let answered = || waiting::link_within(&self.control, limits::REASON_PATIENCE);
         if !self.rolled_back.get() && matches!(answered(), Ok(true)) {
             self.rolled_back.set(matches!(self.control.receive(), Ok(Control::RolledBack)));
         }
@@ -126,8 +125,8 @@ impl Session {
         let _ = self.control.send(&Control::Abort(reason.to_owned()));
         let deadline = Instant::now() + limits::ROLLED_BACK_TIMEOUT;
         loop {
-            match waiting::readable([self.control.as_fd()], Some(deadline)) {
-                Ok([true]) => {}
+            match waiting::link_or(&self.control, [], Some(deadline)) {
+                Ok((true, [])) => {}
                 _ => return unsure("no answer"),
             }
             match self.control.receive() {
@@ -141,8 +140,8 @@ impl Session {
 
     /// Waits for the destination's next message, until `limit` has passed or one of `others` is readable.
     pub(super) fn next(&self, others: [BorrowedFd<'_>; 2], limit: Duration) -> Result<Next, ControlError> {
-        let fds = [self.control.as_fd(), others[0], others[1]];
-        let [message, first, second] = waiting::readable(fds, Some(Instant::now() + limit))?;
+        let deadline = Some(Instant::now() + limit);
+        let (message, [first, second]) = waiting::link_or(&self.control, others, deadline)?;
         Ok(match (first, second, message) {
             (true, _, _) => Next::Other(0),
             (_, true, _) => Next::Other(1),

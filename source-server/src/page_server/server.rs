@@ -69,11 +69,7 @@ impl<'a> Server<'a> {
     ) -> Result<Self, PageServerError> {
         let failed = PageServerError::io("prepare its sockets");
         // A client that is gone before it is accepted must not make accept wait for the next.
-        match &listener {
-            Listener::Tcp(socket) => socket.set_nonblocking(true),
-            Listener::Unix(socket) => socket.set_nonblocking(true),
-        }
-        .map_err(&failed)?;
+        listener.set_nonblocking(true).map_err(&failed)?;
         let (post, endings) = mailbox().map_err(&failed)?;
         let (stop, stopped) = UnixStream::pair().map_err(&failed)?;
         Ok(Self { pages, listener, layout, endings, post, stop, stopped, checked: Instant::now() })
@@ -166,7 +162,7 @@ impl<'a> Server<'a> {
     {
         let (pages, layout) = (self.pages, self.layout);
         let let_in = || {
-            let stream = self.listener.accept()?;
+            let stream = self.listener.accept()?.into_plain()?;
             end_by_reset(&stream);
             let post = self.post.clone();
             thread::Builder::new().name("client".into()).spawn_scoped(scope, move || {

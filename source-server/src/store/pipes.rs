@@ -288,10 +288,10 @@ impl PageStore for PipeStore {
             let offset = run.first - base;
             let bytes = |pages: u64| usize::try_from(pages_to_bytes(pages)).unwrap_or(0);
             let len = bytes(run.what.run.pages);
+            let head = run.what.frame(Kind::Pages, id, len);
             scratch
                 .skip(bytes(offset - at))
-                .and_then(|()| link.send_all(&run.what.frame(Kind::Pages, id, len), true))
-                .and_then(|()| scratch.send(link.as_fd(), len))
+                .and_then(|()| scratch.send(link, &head, len))
                 .map_err(StoreError::io("push pages"))?;
             at = offset + run.what.run.pages;
         }

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
+use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, pages_to_bytes};
 
 /// Makes a pipe with room for `pages` pages.
@@ -24,6 +25,8 @@ pub struct Scratch {
     reader: File,
     writer: OwnedFd,
     null: File,
+    /// Pages on their way to a link that encrypts.
+    copy: Vec<u8>,
 }
 
 impl Scratch {
@@ -34,7 +37,7 @@ impl Scratch {
     pub fn new(pages: u64) -> io::Result<Self> {
         let (reader, writer) = page_pipe(pages)?;
         let null = File::options().write(true).open("/dev/null")?;
-        Ok(Self { reader: reader.into(), writer, null })
+        Ok(Self { reader: reader.into(), writer, null, copy: Vec::new() })
     }
 
     /// Duplicates the first `pages` pages of `pipe`, which keeps them.
@@ -66,12 +69,20 @@ impl Scratch {
         self.splice_to(self.null.as_fd(), bytes, SpliceFFlags::empty())
     }
 
-    /// Sends `bytes` bytes from the front to a socket, by reference.
+    /// Sends `head` and `bytes` bytes from the front: by reference where the link takes pages as they are, through a
+    /// buffer where it encrypts them.
     ///
     /// # Errors
-    /// The errno of `splice(2)`.
-    pub fn send(&self, socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
-        self.splice_to(socket, bytes, SpliceFFlags::empty())
+    /// The errno of `splice(2)`, `read(2)` or of the link.
+    pub fn send(&mut self, link: &Stream, head: &[u8], bytes: usize) -> io::Result<()> {
+        if link.is_plain() {
+            link.send_all(head, true)?;
+            return self.splice_to(link.as_fd(), bytes, SpliceFFlags::empty());
+        }
+        // Grows to the largest frame once.
+        self.copy.resize(bytes.max(self.copy.len()), 0);
+        self.reader.read_exact(&mut self.copy[..bytes])?;
+        link.send_both(head, &self.copy[..bytes])
     }
 
     fn splice_to(&self, to: BorrowedFd<'_>, bytes: usize, flags: SpliceFFlags) -> io::Result<()> {

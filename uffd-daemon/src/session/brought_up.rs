@@ -195,23 +195,23 @@ impl BroughtUp {
         let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         loop {
             let restore = self.restore.as_mut().ok_or("the restore has ended")?;
-            let fds = [restore.reports_fd(), restore.ended_fd(), control.as_fd(), interrupt.as_fd()];
-            let ready = waiting::readable(fds, Some(deadline)).map_err(|error| error.to_string())?;
-            match ready {
-                [_, _, _, true] => return Err("interrupted at the destination".into()),
-                [_, _, true, _] => {
+            let fds = [restore.reports_fd(), restore.ended_fd(), interrupt.as_fd()];
+            let ready = waiting::link_or(control, fds, Some(deadline));
+            match ready.map_err(|error| error.to_string())? {
+                (_, [_, _, true]) => return Err("interrupted at the destination".into()),
+                (true, _) => {
                     return Err(match control.receive() {
                         Ok(Control::Abort(reason)) => format!("the source called it off: {reason}"),
                         Ok(other) => other.out_of_order("nothing").to_string(),
                         Err(error) => format!("lost the source: {error}"),
                     });
                 }
-                [true, ..] => {
+                (_, [true, ..]) => {
                     if restore.report().map_err(|error| error.to_string())? == Some(Report::Held) {
                         return self.check_registered();
                     }
                 }
-                [_, true, ..] => {
+                (_, [_, true, _]) => {
                     restore.end();
                     let mut reason = format!("criu restore failed: {}", restore.complaint());
                     for error in self.handed_over.empty().into_iter().filter_map(Result::err) {

@@ -10,6 +10,7 @@ mod brought_up;
 mod images;
 
 use std::ffi::OsString;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -218,12 +219,11 @@ impl Session {
 
     /// The source's next message; its abort, an interrupt and the deadline are errors.
     fn next_message(&self, limit: Option<Duration>) -> Result<Control, String> {
-        use std::os::fd::AsFd;
         let deadline = limit.map(|limit| Instant::now() + limit);
-        let fds = [self.control.as_fd(), self.interrupt.as_fd()];
-        match waiting::readable(fds, deadline).map_err(|error| error.to_string())? {
-            [_, true] => Err("interrupted at the destination".into()),
-            [true, _] => match self.control.receive() {
+        let ready = waiting::link_or(&self.control, [self.interrupt.as_fd()], deadline);
+        match ready.map_err(|error| error.to_string())? {
+            (_, [true]) => Err("interrupted at the destination".into()),
+            (true, _) => match self.control.receive() {
                 Ok(Control::Abort(reason)) => Err(format!("the source called it off: {reason}")),
                 Ok(message) => Ok(message),
                 Err(error) => Err(format!("lost the source: {error}")),
@@ -277,8 +277,7 @@ impl Session {
         self.control.send(&Control::Complete(summary)).map_err(|error| Failure::lost(&error))?;
         // Every page is here: a farewell that does not come changes nothing for the tasks, and an interrupt does
         // not either.
-        use std::os::fd::AsFd;
-        match waiting::readable_within(self.control.as_fd(), LANE_PATIENCE) {
+        match waiting::link_within(&self.control, LANE_PATIENCE) {
             Ok(true) => match self.control.receive() {
                 Ok(Control::Released) => {}
                 Ok(other) => tracing::warn!("{}", other.out_of_order("released")),
@@ -292,12 +291,12 @@ impl Session {
     /// Waits until every page is settled and acknowledged, when the push lane's thread ends well, and until no
     /// answer is on its way that the source has counted.
     fn wait_settled(&mut self, brought_up: &BroughtUp) -> Result<(), Failure> {
-        use std::os::fd::AsFd;
         let (mut settled, mut acknowledged) = (false, false);
         while !(settled && acknowledged) {
-            let fds = [brought_up.notices.as_fd(), brought_up.pushed.as_fd(), self.control.as_fd()];
+            let fds = [brought_up.notices.as_fd(), brought_up.pushed.as_fd()];
             let deadline = Some(Instant::now() + self.progress.interval());
-            let [notice, pushed, control] = waiting::readable(fds, deadline).map_err(Failure::io)?;
+            let ready = waiting::link_or(&self.control, fds, deadline);
+            let (control, [notice, pushed]) = ready.map_err(Failure::io)?;
             if pushed {
                 for result in brought_up.pushed.empty() {
                     result.map_err(|error| Failure { reason: error.to_string() })?;

@@ -13,6 +13,7 @@ pub use session::FaultLane;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 use protocol::units::{PageRun, TaskId};
 
@@ -64,6 +65,11 @@ pub trait Upstream: Send {
 
     /// Whether something is queued, so that [`Upstream::flush`] should follow when the link is writable.
     fn wants_write(&self) -> bool;
+
+    /// When [`Upstream::flush`] is due although nothing was asked and nothing came: a link may have timers.
+    fn due(&self) -> Option<Instant> {
+        None
+    }
 
     /// Hands each complete answer that is there to `each`.
     ///

@@ -263,6 +263,8 @@ impl Upstream for PageServer {
             Stream::Unix(_) => {
                 let _ = stream.send_some(&[0xff; MAX_HEADER_LEN][..self.layout.len()]);
             }
+            // CRIU does not speak it to us; its end is an error to whoever does.
+            Stream::Tls(_) | Stream::Quic(_) => stream.shutdown(),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, PageRun, TaskId};
@@ -19,6 +20,7 @@ const BUFFER: usize = 2 * (RUN_HEADER_LEN + limits::PAGES_PER_FRAME_MAX as usize
 pub struct FaultLane {
     stream: Stream,
     unsent: Vec<u8>,
+    due: Option<Instant>,
     buffer: Vec<u8>,
     filled: usize,
     received: Arc<AtomicU64>,
@@ -28,7 +30,8 @@ impl FaultLane {
     /// Over a stream whose hello is done; counts what it receives in `received`.
     #[must_use]
     pub fn new(stream: Stream, received: Arc<AtomicU64>) -> Self {
-        Self { stream, unsent: Vec::with_capacity(4096), buffer: vec![0; BUFFER], filled: 0, received }
+        let (unsent, buffer) = (Vec::with_capacity(4096), vec![0; BUFFER]);
+        Self { stream, unsent, due: None, buffer, filled: 0, received }
     }
 }
 
@@ -51,7 +54,12 @@ impl Upstream for FaultLane {
                 sent => drop(self.unsent.drain(..sent)),
             }
         }
+        self.due = self.stream.tend()?;
         Ok(())
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.due
     }
 
     fn wants_write(&self) -> bool {

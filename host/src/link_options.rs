@@ -1,0 +1,73 @@
+//! The options by which both programs are told how pages travel, and to whom.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use protocol::link::{Endpoint, Fingerprint, LinkKind, Protection, Trust};
+
+use crate::identity::{self, DEFAULT_DIR, Identity};
+
+/// How pages travel, and who the sides are.
+#[derive(Debug, Args)]
+pub struct LinkOptions {
+    /// How pages travel: tcp (plain), tls (encrypted, both sides prove who they are) or unix
+    #[arg(long, default_value = "tcp", value_name = "LINK")]
+    link: LinkKind,
+    /// With tls: the directory with this host's key and certificate, made by the verb identity [default: /etc/postcopy]
+    #[arg(long, value_name = "DIR")]
+    identity: Option<PathBuf>,
+    /// With tls: a peer to talk to, by the fingerprint that `identity` printed on its host; for each peer once
+    #[arg(long = "peer", value_name = "FINGERPRINT", conflicts_with = "ca")]
+    peers: Vec<Fingerprint>,
+    /// With tls: talk to peers with a certificate from an authority in this PEM file, as this host must have
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// Allow plain tcp on addresses other than loopback: unencrypted, and open to everybody there
+    #[arg(long)]
+    insecure: bool,
+}
+
+impl LinkOptions {
+    /// The peer's or our own address, with what the link needs.
+    ///
+    /// # Errors
+    /// What is wrong or missing, and what to do.
+    pub fn endpoint(&self, address: &str) -> Result<Endpoint, String> {
+        Endpoint::parse(self.link, address, &self.protection()?)
+    }
+
+    fn protection(&self) -> Result<Protection, String> {
+        if !self.link.authenticates() {
+            let given = [
+                ("--peer", !self.peers.is_empty()),
+                ("--ca", self.ca.is_some()),
+                ("--identity", self.identity.is_some()),
+            ];
+            if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
+                return Err(format!(
+                    "{option} has no effect on --link {}, which authenticates nobody; give --link tls",
+                    self.link
+                ));
+            }
+            return Ok(if self.insecure { Protection::Insecure } else { Protection::Loopback });
+        }
+        let trust = match &self.ca {
+            Some(path) => {
+                let certificates = identity::authorities(path);
+                Trust::Authority(certificates.map_err(|error| format!("--ca: {error}"))?)
+            }
+            None if self.peers.is_empty() => {
+                return Err(format!(
+                    "--link {} talks only to peers it knows: run `identity` on the other host (`uffd-daemon identity`, \
+                     `source-server identity`) and give what it prints with --peer FINGERPRINT, or give --ca FILE",
+                    self.link
+                ));
+            }
+            None => Trust::Peers(self.peers.clone()),
+        };
+        let dir = self.identity.clone().unwrap_or_else(|| DEFAULT_DIR.into());
+        let credentials = Identity::load(&dir).and_then(|identity| identity.credentials(trust));
+        Ok(Protection::Authenticated(Arc::new(credentials.map_err(|error| error.to_string())?)))
+    }
+}

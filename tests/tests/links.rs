@@ -1,0 +1,183 @@
+//! Links that authenticate carry a move as tcp does, and nobody passes who is not known: that is found out before
+//! anything is touched, and each side says who was seen and what to do.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Output, Stdio};
+
+use experiments::stamp::Options;
+use tests::accounts::Memory;
+use tests::keys::{Key, Keys, identity};
+use tests::moves::{Ended, Plan};
+use tests::proxy::Proxy;
+use tests::site::Site;
+use tests::stamps::{self, Stamp, move_once};
+use tests::{MOVE, STEP, programs};
+
+/// Links whose sides prove who they are.
+const SECURE: [&str; 2] = ["tls", "quic"];
+
+fn changing(site: &Site) -> Options {
+    Options { mib: 256, threads: 2, churn: true, fork: true, ..stamps::options(site, "changing") }
+}
+
+#[test]
+fn a_process_that_changes_its_mappings_and_forks() {
+    for link in SECURE {
+        for store in ["pipes", "frozen"] {
+            let Some(site) = Site::new() else { return };
+            let plan = Keys::new(&site).plan(link).source(["--store", store]);
+            move_once(&site, &plan, &changing(&site), Memory::Changing);
+        }
+    }
+}
+
+#[test]
+fn every_page_arrives_once_and_is_counted() {
+    for link in SECURE {
+        let Some(site) = Site::new() else { return };
+        let options = Options { mib: 512, ..stamps::options(&site, "steady") };
+        move_once(&site, &Keys::new(&site).plan(link), &options, Memory::Steady);
+    }
+}
+
+#[test]
+fn faults_alone_bring_everything_over() {
+    for link in SECURE {
+        let Some(site) = Site::new() else { return };
+        let plan = Keys::new(&site).plan(link).source(["--push-rate", "16M"]);
+        move_once(&site, &plan, &Options { mib: 64, ..changing(&site) }, Memory::Changing);
+    }
+}
+
+#[test]
+fn a_link_that_is_cut_pauses_the_move() {
+    // What the proxy passes on is TCP.
+    for link in ["tls"] {
+        let Some(site) = Site::new() else { return };
+        let mut stamp = Stamp::start(&Options { rate_us: 500, ..stamps::small(&site, 128) });
+        let plan = Keys::new(&site).plan(link).source(["--push-rate", "8M"]);
+        let destination = plan.serve(&site);
+        let line = Proxy::to(&destination.address);
+        let source = plan.source_to(&site, stamp.pid(), line.address());
+        for tool in [&source.tool, &destination.tool] {
+            tool.wait_line("phase=\"push\"", STEP);
+        }
+        stamp.give_up();
+        line.cut();
+        Ended { source: source.wait(MOVE), destination: destination.wait(STEP) }.assert_paused();
+        assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn who_is_not_known_is_refused_before_anything_is_touched() {
+    for link in SECURE {
+        let Some(site) = Site::new() else { return };
+        let keys = Keys::new(&site);
+        let stranger = Key::new(&site, "uffd-daemon", "stranger");
+        let mut stamp = Stamp::start(&stamps::small(&site, 8));
+
+        // The source does not know the destination, and says what it saw.
+        let knows_another = Keys {
+            destination: Key { dir: keys.destination.dir.clone(), ..stranger.clone() },
+            ..keys.clone()
+        };
+        let ended = knows_another.plan(link).run(&site, stamp.pid());
+        let seen = &keys.destination.fingerprint;
+        ended.source.assert(
+            2,
+            "rolled_back",
+            &[seen, &format!("give --peer {seen}"), "uffd-daemon identity"],
+        );
+        assert_eq!(ended.destination.status, 0, "{:#?}", ended.destination);
+        assert!(ended.destination.said().contains("not let in"), "{:#?}", ended.destination);
+
+        // The destination does not know the source: both say whom.
+        let knows_another = Keys { source: Key { dir: keys.source.dir.clone(), ..stranger }, ..keys.clone() };
+        let ended = knows_another.plan(link).run(&site, stamp.pid());
+        let own = &keys.source.fingerprint;
+        ended.source.assert(2, "rolled_back", &[&format!("with --peer {own}"), "uffd-daemon serve"]);
+        assert_eq!(ended.destination.status, 0, "{:#?}", ended.destination);
+        assert!(ended.destination.said().contains(&format!("--peer {own}")), "{:#?}", ended.destination);
+
+        stamp.assert_unharmed();
+        stamp.quit();
+        site.assert_clean(&[]);
+    }
+}
+
+#[test]
+fn sides_with_different_links_say_so() {
+    let Some(site) = Site::new() else { return };
+    let mut stamp = Stamp::start(&stamps::small(&site, 8));
+    let (plain, secure) = (Plan::new(), Keys::new(&site).plan("tls"));
+    for (source, destination, word) in [(&plain, &secure, "plain tcp"), (&secure, &plain, "speaks tls")] {
+        let daemon = destination.serve(&site);
+        let refused = source.source_to(&site, stamp.pid(), &daemon.address).wait(STEP);
+        refused.assert(2, "rolled_back", &["--link"]);
+        daemon.tool.wait_line(word, STEP);
+        daemon.tool.signal(nix::sys::signal::Signal::SIGTERM);
+        assert_eq!(daemon.wait(STEP).status, 0);
+    }
+    stamp.assert_unharmed();
+    stamp.quit();
+    site.assert_clean(&[]);
+}
+
+/// Refused, for a reason with each of `words` in it.
+#[track_caller]
+fn assert_refused(output: &Output, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{words:?}: {said}");
+    for word in words {
+        assert!(said.contains(word), "{word:?} is missing: {said}");
+    }
+}
+
+#[test]
+fn a_link_without_a_key_or_a_peer_is_wrong_usage() {
+    let Some(site) = Site::new() else { return };
+    let key = Key::new(&site, "uffd-daemon", "key");
+    let [dir, nowhere] = [key.dir.clone(), site.path("nowhere")].map(|path| path.display().to_string());
+    let sides: [&[&str]; 2] = [
+        &["source-server", "move", "--pid", "1", "--to", "127.0.0.1:1"],
+        &["uffd-daemon", "serve", "--listen", "127.0.0.1:0"],
+    ];
+    for side in sides {
+        let run = |more: &[&str]| {
+            let mut command = Command::new(programs::program(side[0]));
+            command.args(&side[1..]).args(more).stdin(Stdio::null()).output().unwrap()
+        };
+        for link in SECURE {
+            let with = |more: &[&str]| run(&[&["--link", link][..], more].concat());
+            assert_refused(&with(&["--identity", &dir]), &["--peer FINGERPRINT", "--ca FILE", "identity"]);
+            assert_refused(
+                &with(&["--identity", &nowhere, "--peer", &key.fingerprint]),
+                &["there is no key", &nowhere, "uffd-daemon identity --dir"],
+            );
+            assert_refused(&with(&["--identity", &dir, "--peer", "beef"]), &["64 hexadecimal digits"]);
+            assert_refused(&with(&["--identity", &dir, "--ca", &nowhere]), &["--ca", &nowhere]);
+            fs::set_permissions(key.dir.join("identity.key"), fs::Permissions::from_mode(0o644)).unwrap();
+            assert_refused(&with(&["--identity", &dir, "--peer", &key.fingerprint]), &["644", "chmod 600"]);
+            fs::set_permissions(key.dir.join("identity.key"), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        // Nobody is to believe that it authenticates.
+        assert_refused(&run(&["--peer", &key.fingerprint]), &["--peer has no effect", "--link tls"]);
+    }
+    site.assert_clean(&[]);
+}
+
+#[test]
+fn a_key_is_made_once_and_shown_again_by_either_program() {
+    let Some(site) = Site::new() else { return };
+    let key = Key::new(&site, "uffd-daemon", "key");
+    assert_eq!(key.fingerprint.len(), 64, "{}", key.fingerprint);
+    for program in ["uffd-daemon", "source-server"] {
+        let again = identity(program, &key.dir);
+        assert_eq!(String::from_utf8_lossy(&again.stdout).trim(), key.fingerprint);
+    }
+    fs::set_permissions(&key.dir, fs::Permissions::from_mode(0o755)).unwrap();
+    assert_refused(&identity("uffd-daemon", &key.dir), &["chmod 700"]);
+}
