@@ -36,15 +36,16 @@ pub fn write(dir: &Path) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// The page of any table: medians and their spread, a line per case, and the latencies.
+/// The page of any table: medians and their spread, a line per case, the latencies and the time lines.
 ///
 /// # Errors
 /// If the plots cannot be drawn.
 pub fn standard(folder: &Folder) -> anyhow::Result<String> {
     let mut text = format!("# {}\n\n", folder.environment.get("scenario"));
     text += &medians(&folder.table, &[]);
-    text += &latencies(folder, "latency", |_| true, |group| group.case.join(", "))?;
-    Ok(text)
+    let named = |group: &Group<'_>| group.case.join(", ");
+    text += &latencies(folder, "latency", |_| true, named)?;
+    Ok(text + &timelines(folder, "time", |_| true, named)?)
 }
 
 /// A Markdown table of medians with least and most, a line per case. `columns` says which numbers; all if it is
@@ -112,6 +113,7 @@ fn environment(folder: &Folder) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::moving::timeline::{self, Bin};
     use crate::results::{Results, Row};
     use hdrhistogram::Histogram;
 
@@ -126,13 +128,17 @@ mod tests {
             let mut histogram = Histogram::new(3).unwrap();
             histogram.record(u64::from(run) * 10_000).unwrap();
             results.histogram(&row.name(), &histogram).unwrap();
+            let bins: Vec<Bin> =
+                (1..4).map(|i| Bin { t_ms: f64::from(i), faults: 3, ..Bin::default() }).collect();
+            results.timeline(&row.name(), &timeline::csv(&bins)).unwrap();
             results.add(&row).unwrap();
         }
         results.failure("x").unwrap();
         let text = write(dir.path()).unwrap();
         assert!(text.contains("| random | 3 | 20.0 (10.0 - 30.0) |"), "{text}");
+        assert!(!text.contains("time-pages"), "nobody looked at the memory: {text}");
         assert!(!text.contains("never") && text.contains("1 runs failed"), "{text}");
-        for plot in ["latency-cdf", "latency-percentiles"] {
+        for plot in ["latency-cdf", "latency-percentiles", "time-faults"] {
             assert!(text.contains(&format!("plots/{plot}.svg")), "{text}");
             assert!(dir.path().join("plots").join(plot).with_extension("svg").exists());
         }

@@ -10,8 +10,7 @@
 //! summary.md        medians, their spread, and the plots
 //! ```
 //!
-//! Everything below the first line of that list that is not raw data can be made again from the raw data:
-//! `experiments report FOLDER` does.
+//! The last two are made from the others and can be made again: `experiments report FOLDER` does.
 
 mod environment;
 mod folder;
@@ -31,19 +30,19 @@ pub use folder::Folder;
 pub use hgrm::{Percentile, Percentiles};
 pub use table::{Group, Record, Spread, Table, number};
 
-/// The files and folders of a results folder.
+/// The file with a line per run.
 pub const TABLE: &str = "runs.csv";
-/// See the module.
+/// The file that says what it was measured on.
 pub const ENVIRONMENT: &str = "environment.txt";
-/// See the module.
+/// The page.
 pub const SUMMARY: &str = "summary.md";
-/// See the module.
+/// The file with what went wrong.
 pub const FAILURES: &str = "failures.txt";
-/// See the module.
+/// The folder of the latencies.
 pub const HISTOGRAMS: &str = "histograms";
-/// See the module.
+/// The folder of the time lines.
 pub const TIMELINES: &str = "timelines";
-/// See the module.
+/// The folder of the plots.
 pub const PLOTS: &str = "plots";
 
 /// A results folder that is being filled.
