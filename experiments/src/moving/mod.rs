@@ -6,10 +6,15 @@
 mod movers;
 pub mod timeline;
 
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::ensure;
 use hdrhistogram::Histogram;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 pub use movers::{Mover, Ours, Programs, Route};
 
@@ -25,6 +30,9 @@ pub const FAULT_FLOOR_NS: u64 = 3_000;
 /// A gap of this length in the application's clock is taken for the move: dump and restore alone take longer, and a
 /// thread that waits for its processor seldom does.
 const MOVED_GAP_MS: u64 = 20;
+
+/// How long a process may take to end after a move that failed.
+const QUIT_LIMIT: Duration = Duration::from_secs(2);
 
 /// When the application uses its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,9 +116,10 @@ pub fn measure(programs: &Programs, config: &Config) -> anyhow::Result<Measured>
     workload.mark_moved();
     let _busy = if config.busy_cores { Some(BusyCores::start(&programs.own)?) } else { None };
     let ran = run(programs, config, &mut workload, dir.path());
-    if ran.is_err() {
-        // It may run, here or there: then it is told to end while somebody can still tell it.
-        let _ = workload.quit(std::time::Duration::from_secs(2));
+    // It may still run, here or there: then it is told to end while somebody can tell it. If it waits for a page that
+    // nobody brings any more, it cannot.
+    if ran.is_err() && workload.quit(QUIT_LIMIT).is_err() {
+        end_all_that_name(dir.path());
     }
     let (moved, summary) = ran?;
     ensure!(summary.wrong == 0, "{} of {} pages are wrong", summary.wrong, summary.pages);
@@ -129,6 +138,18 @@ pub fn measure(programs: &Programs, config: &Config) -> anyhow::Result<Measured>
         destination: moved.destination,
         reports: moved.reports,
     })
+}
+
+/// Kills the processes that have the directory of a run in their command line: those of the run, wherever they are.
+fn end_all_that_name(dir: &Path) {
+    let dir = dir.as_os_str().as_bytes();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+        if words.windows(dir.len()).any(|part| part == dir) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
 }
 
 fn start(programs: &Programs, config: &Config, dir: &Path) -> anyhow::Result<Handle> {
@@ -258,5 +279,27 @@ impl Measured {
             self.last_page_ms,
             self.blackout_ms
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_run_is_found_by_its_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let sleeper = |dir: &Path| {
+            let mut command = std::process::Command::new("sleep");
+            // The name of a program is the first word of its command line.
+            std::os::unix::process::CommandExt::arg0(&mut command, dir);
+            command.arg("30").spawn().unwrap()
+        };
+        let (mut of_run, mut other) = (sleeper(dir.path()), sleeper(Path::new("other")));
+        end_all_that_name(dir.path());
+        assert!(!of_run.wait().unwrap().success());
+        assert!(other.try_wait().unwrap().is_none());
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 }

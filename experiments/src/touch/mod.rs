@@ -166,8 +166,8 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let region = Region::anonymous(pages)?;
     let walk = Walk::new(options.pattern, plan.pages, options.stride_pages);
     for place in 0..plan.pages {
-        // In their order, except where one is visited more often: then from first to last.
-        let number = if options.pattern.is_complete() { walk.at(place) } else { place };
+        // From first to last, but a chase in its own order: a page has to know its successor.
+        let number = if options.pattern == Pattern::Chase { walk.at(place) } else { place };
         let page = usize::try_from(number)?;
         page::write_full(region.page(page), FIRST.offset(page), GENERATION, 0);
         let word = free_word(&walk, plan.threads, place, number);
