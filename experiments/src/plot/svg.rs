@@ -88,16 +88,19 @@ where
             named.push(&series.name);
             drawn
                 .label(&series.name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(width)));
         }
         if series.mark == Mark::LineAndDots {
             context.draw_series(points.iter().map(|point| Circle::new(*point, 3, colour.filled())))?;
         }
     }
+    // Where there is least: what goes on over time is over at the end, distributions and growth begin low.
+    let over_time = chart.x.scale == Scale::Linear;
+    let corner = if over_time { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::UpperLeft };
     if named.iter().any(|name| !name.is_empty()) {
         context
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
+            .position(corner)
             .background_style(WHITE.mix(0.85))
             .border_style(RGBColor(200, 200, 200))
             .label_font((FONT, 13))
@@ -107,8 +110,11 @@ where
     Ok(())
 }
 
-/// The label of a tick.
+/// The label of a tick. Between powers of ten there is room for some only.
 fn label(value: f64, axis: &Axis) -> String {
+    if axis.scale != Scale::Linear && !is_round(value) {
+        return String::new();
+    }
     match axis.scale {
         Scale::Percentile => {
             let percent = 100.0 * (1.0 - 1.0 / value);
@@ -116,6 +122,12 @@ fn label(value: f64, axis: &Axis) -> String {
         }
         Scale::Linear | Scale::Log => plain(value, 3),
     }
+}
+
+/// Whether it is 1, 2 or 5 times a power of ten.
+fn is_round(value: f64) -> bool {
+    let leading = value / 10_f64.powf((value.log10() + 1e-9).floor());
+    [1.0, 2.0, 5.0].into_iter().any(|round| (leading - round).abs() < 1e-6)
 }
 
 /// As many decimals as it needs, and at most so many.
@@ -167,5 +179,7 @@ mod tests {
         assert_eq!(label(10_000.0, &percent), "99.99 %");
         let plain = Axis::new("", Scale::Log);
         assert_eq!((label(1000.0, &plain), label(0.5, &plain)), ("1000".to_owned(), "0.5".to_owned()));
+        assert_eq!((label(900.0, &plain), label(200.0, &plain)), (String::new(), "200".to_owned()));
+        assert_eq!(label(2.0, &percent), "50 %");
     }
 }
