@@ -55,7 +55,8 @@ pub struct Scenario {
     pub about: &'static str,
     /// Runs it.
     pub run: fn(&RunOptions, &Common) -> anyhow::Result<ExitCode>,
-    /// What its results show, as Markdown; draws the plots into the folder. [`standard`](crate::page::standard) fits any table.
+    /// What its results show, as Markdown; draws the plots into the folder.
+    /// [`standard`](crate::page::standard) fits any table.
     pub page: fn(&Folder) -> anyhow::Result<String>,
 }
 
