@@ -11,16 +11,16 @@ use crate::identity::{self, DEFAULT_DIR, Identity};
 /// How pages travel, and who the sides are.
 #[derive(Debug, Args)]
 pub struct LinkOptions {
-    /// How pages travel: tcp (plain), tls (encrypted, both sides prove who they are) or unix
+    /// How pages travel: tcp (plain), tls or quic (encrypted, both sides prove who they are) or unix
     #[arg(long, default_value = "tcp", value_name = "LINK")]
     link: LinkKind,
-    /// With tls: the directory with this host's key and certificate, made by the verb identity [default: /etc/postcopy]
+    /// With tls and quic: the directory with this host's key and certificate, made by the verb identity [default: /etc/postcopy]
     #[arg(long, value_name = "DIR")]
     identity: Option<PathBuf>,
-    /// With tls: a peer to talk to, by the fingerprint that `identity` printed on its host; for each peer once
+    /// With tls and quic: a peer to talk to, by the fingerprint that `identity` printed on its host; for each peer once
     #[arg(long = "peer", value_name = "FINGERPRINT", conflicts_with = "ca")]
     peers: Vec<Fingerprint>,
-    /// With tls: talk to peers with a certificate from an authority in this PEM file, as this host must have
+    /// With tls and quic: talk to peers with a certificate from an authority in this PEM file, as this host must have
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
     /// Allow plain tcp on addresses other than loopback: unencrypted, and open to everybody there
@@ -46,7 +46,7 @@ impl LinkOptions {
             ];
             if let Some((option, _)) = given.iter().find(|(_, given)| *given) {
                 return Err(format!(
-                    "{option} has no effect on --link {}, which authenticates nobody; give --link tls",
+                    "{option} has no effect on --link {}, which authenticates nobody; give --link tls or quic",
                     self.link
                 ));
             }

@@ -117,11 +117,16 @@ impl Engine {
     /// Receives what is there, lets timers expire, and sends what is due. Whether there may be more to do at once.
     pub(super) fn turn(&mut self, now: Instant) -> io::Result<bool> {
         let more = self.receive(now)?;
+        Ok(self.flush(now)? || more)
+    }
+
+    /// As [`Engine::turn`], but what has come stays in the socket, which goes on to be readable.
+    pub(super) fn flush(&mut self, now: Instant) -> io::Result<bool> {
         if self.connection.poll_timeout().is_some_and(|timeout| timeout <= now) {
             self.connection.handle_timeout(now);
         }
         self.take_events();
-        Ok(self.transmit(now)? || more)
+        self.transmit(now)
     }
 
     /// When [`Engine::turn`] is due although nothing came.

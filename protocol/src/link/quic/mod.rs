@@ -245,17 +245,19 @@ impl QuicStream {
                 }
             }
         }
-        lock(&inline.engine).turn(Instant::now()).map(drop)
+        let mut engine = lock(&inline.engine);
+        while engine.flush(Instant::now())? {}
+        Ok(())
     }
 
-    /// Queues and sends what the windows allow.
+    /// Queues and sends what the windows allow. Takes nothing in: who polls would not see that it has come.
     ///
     /// # Errors
     /// As [`QuicStream::send_all`].
     pub fn send_some(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut engine = lock(&self.inline()?.engine);
         let written = engine.write(bytes)?;
-        engine.turn(Instant::now())?;
+        engine.flush(Instant::now())?;
         Ok(written)
     }
 
@@ -289,16 +291,17 @@ impl QuicStream {
         engine.read(buffer)
     }
 
-    /// Lets the timers of a connection expire that its user drives, and says when the next one is due.
+    /// Lets the timers of a connection expire that its user drives, and says when the next one is due. Takes nothing in.
     ///
     /// # Errors
-    /// What the socket says.
+    /// What the socket says; `ConnectionAborted` if the connection was lost.
     pub fn tend(&self) -> io::Result<Option<Instant>> {
         let Kind::Inline(inline) = &*self.0 else { return Ok(None) };
         let mut engine = lock(&inline.engine);
         let now = Instant::now();
         if engine.timeout().is_some_and(|timeout| timeout <= now) {
-            engine.turn(now)?;
+            engine.flush(now)?;
+            engine.check_open()?;
         }
         Ok(engine.timeout())
     }

@@ -172,6 +172,8 @@ impl Pump {
     /// From the stream to the user. Whether more could be.
     fn carry_back(&mut self) -> io::Result<bool> {
         if self.ended {
+            // Nobody wants it; but the peer's end stands behind it.
+            while let Ok(Some(1..)) = self.engine.read(&mut self.back.buffer) {}
             return Ok(false);
         }
         if self.back.is_empty() {

@@ -121,6 +121,24 @@ fn questions_are_answered_one_by_one() {
 }
 
 #[test]
+fn sending_does_not_hide_what_has_come() {
+    let [one, other] = pair(Role::Fault);
+    let readable = || {
+        let mut fds = [nix::poll::PollFd::new(other.as_fd(), PollFlags::POLLIN)];
+        engine::poll_all(&mut fds, Some(deadline())).unwrap();
+        fds[0].any().unwrap()
+    };
+    one.send_all(&[b"answer"]).unwrap();
+    assert!(readable());
+    assert_eq!(other.send_some(b"question").unwrap(), 8);
+    other.tend().unwrap();
+    assert!(readable(), "who polls would wait for ever");
+    let mut answer = [0; 6];
+    stream(&other).receive_all(&mut answer).unwrap();
+    assert_eq!(&answer, b"answer");
+}
+
+#[test]
 fn what_was_sent_before_the_end_arrives() {
     for role in [Role::Control, Role::Push] {
         let [one, other] = pair(role);
