@@ -46,7 +46,7 @@ fn each_link_carries_a_hello_and_what_follows() {
         let (dialled, (accepted, said)) = (dialled.unwrap(), greeted.unwrap());
         assert_eq!(said, hello());
         let second = dialled.try_clone().unwrap();
-        second.send_both(b"head", b"body").unwrap();
+        second.send_both(b"head", b"body", false).unwrap();
         let mut bytes = [0; 8];
         accepted.receive_all(&mut bytes).unwrap();
         assert_eq!(&bytes, b"headbody");

@@ -82,7 +82,7 @@ impl Scratch {
         // Grows to the largest frame once.
         self.copy.resize(bytes.max(self.copy.len()), 0);
         self.reader.read_exact(&mut self.copy[..bytes])?;
-        link.send_both(head, &self.copy[..bytes])
+        link.send_both(head, &self.copy[..bytes], false)
     }
 
     fn splice_to(&self, to: BorrowedFd<'_>, bytes: usize, flags: SpliceFFlags) -> io::Result<()> {
