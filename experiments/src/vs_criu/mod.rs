@@ -1,8 +1,8 @@
 //! `vs-criu`: the same workload moved by us and by CRIU's own lazy pages, interleaved, in one run.
 //!
 //! Per run a process fills its memory, is moved on this host over TCP loopback into a PID namespace of its own,
-//! and then reads its pages: not at all (idle), one per 100 us (paced), or back to back, on idle and on busy processors. The results folder is that
-//! of [`results`](crate::results).
+//! and then reads its pages: not at all (idle), one per 100 us (paced), or back to back, on idle and on busy
+//! processors. The results folder is that of [`results`](crate::results).
 
 mod summary;
 
