@@ -17,7 +17,7 @@ use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 
 /// Steps per halving of the distance to 100 %: enough to draw a smooth line.
-const TICKS: u32 = 20;
+const TICKS: u32 = 10;
 
 /// One line of the file.
 #[derive(Clone, Copy, Debug, PartialEq)]
