@@ -136,7 +136,7 @@ mod tests {
         results.failure("x").unwrap();
         let text = write(dir.path()).unwrap();
         assert!(text.contains("| random | 3 | 20.0 (10.0 - 30.0) |"), "{text}");
-        assert!(!text.contains("time-pages"), "nobody looked at the memory: {text}");
+        assert!(!text.contains("time-throughput"), "nobody looked at the memory: {text}");
         assert!(!text.contains("never") && text.contains("1 runs failed"), "{text}");
         for plot in ["latency-cdf", "latency-percentiles", "time-faults"] {
             assert!(text.contains(&format!("plots/{plot}.svg")), "{text}");
