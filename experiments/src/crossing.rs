@@ -40,8 +40,8 @@ pub struct Crossing<'a> {
     pub to: Host,
     /// The kind of link, as `--link` takes it.
     pub link: &'a str,
-    /// What the link needs besides: arguments of `source-server move` and of `uffd-daemon serve`.
-    pub link_arguments: [Vec<OsString>; 2],
+    /// Further arguments of `source-server move` and of `uffd-daemon serve`.
+    pub arguments: [Vec<OsString>; 2],
     /// Whether the service address and its open connections move along.
     pub with_service: bool,
     /// The CRIU to use.
@@ -53,9 +53,12 @@ pub struct Crossing<'a> {
 /// A move that was started. Dropping it kills its tools; what they restored ends with the lab.
 #[derive(Debug)]
 pub struct Moving {
-    source: Tool,
-    destination: Tool,
-    reports: [PathBuf; 2],
+    /// `source-server move`
+    pub source: Tool,
+    /// `uffd-daemon serve`
+    pub destination: Tool,
+    /// Where the source and the destination write their reports.
+    pub reports: [PathBuf; 2],
 }
 
 /// A move that has ended well.
@@ -77,9 +80,10 @@ impl Crossing<'_> {
     pub fn start(&self, pid: u32) -> anyhow::Result<Moving> {
         let reports = ["source", "destination"].map(|side| self.dir.join(format!("{side}.json")));
         let peer = format!("{}:{PORT}", self.address());
+        let [source_identity, destination_identity] = self.identities()?;
         let mut serve = self.lab.run_in(self.to, beside("uffd-daemon")?);
         serve.args(["serve", "--listen", &peer, "--once", "--link", self.link, "--insecure", "--json"]);
-        serve.arg(&reports[1]).args(&self.link_arguments[1]);
+        serve.arg(&reports[1]).args(destination_identity).args(&self.arguments[1]);
         if self.with_service {
             serve.arg("--hook").arg(format!("pre-restore={}", self.lab.add_address_command(SERVICE)));
             serve.arg("--hook").arg(format!("post-restore={}", self.lab.announce_command(SERVICE)));
@@ -100,13 +104,31 @@ impl Crossing<'_> {
             "--insecure",
             "--json",
         ]);
-        start.arg(&reports[0]).args(&self.link_arguments[0]);
+        start.arg(&reports[0]).args(source_identity).args(&self.arguments[0]);
         if self.with_service {
             start.arg("--hook").arg(format!("post-dump={}", self.lab.remove_address_command(SERVICE)));
         }
         self.finish(&mut start, "source")?;
         let source = Tool::start("source-server", start, self.dir.join("source-server.log"))?;
         Ok(Moving { source, destination, reports })
+    }
+
+    /// What a link that authenticates both sides needs: each has a key of its own, and knows the other's.
+    fn identities(&self) -> anyhow::Result<[Vec<OsString>; 2]> {
+        if matches!(self.link, "tcp" | "unix") {
+            return Ok(Default::default());
+        }
+        let sides = ["source-server", "uffd-daemon"].map(|program| (program, self.dir.join(program)));
+        let fingerprint = |(program, dir): &(&str, PathBuf)| -> anyhow::Result<String> {
+            let output = Command::new(beside(program)?).args(["identity", "--dir"]).arg(dir).output()?;
+            ensure!(output.status.success(), "{program} identity: {}", String::from_utf8_lossy(&output.stderr));
+            Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        };
+        let (ours, theirs) = (fingerprint(&sides[0])?, fingerprint(&sides[1])?);
+        let arguments = |dir: &Path, peer: String| -> Vec<OsString> {
+            vec!["--identity".into(), dir.into(), "--peer".into(), peer.into()]
+        };
+        Ok([arguments(&sides[0].1, theirs), arguments(&sides[1].1, ours)])
     }
 
     fn address(&self) -> Ipv4Addr {

@@ -250,6 +250,11 @@ mod tests {
     }
 
     #[test]
+    fn programs_on_path_are_found() {
+        assert!(is_installed("sh") && !is_installed("no such program"));
+    }
+
+    #[test]
     fn a_line_of_a_tool_is_found_and_its_end_is_no_line() {
         let dir = tempfile::tempdir().unwrap();
         let mut tool = shell(&dir, "echo a=1; echo b=2; read x </dev/zero");

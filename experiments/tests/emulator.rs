@@ -1,4 +1,5 @@
-//! The link emulator between two hosts. These need root: `cargo test -p experiments --test emulator -- --ignored`.
+//! The link emulator between two hosts. These need root, and one at a time, as they look for what is left behind:
+//! `cargo test -p experiments --test emulator -- --ignored --test-threads=1`.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::io::{Read, Write};

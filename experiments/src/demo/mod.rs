@@ -12,28 +12,27 @@
 //! The address is announced only after the restore: what the client sends again in between must reach nobody. The
 //! destination would answer it with a reset for as long as it has the address and not yet the socket.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use host::criu::Criu;
 use tempfile::TempDir;
 
 use crate::cli::Common;
+use crate::crossing::Crossing;
 use crate::kv::{self, KvReport, Load};
-use crate::lab::{Host, Lab, SERVICE, wait_listening};
+use crate::lab::{Host, Lab, SERVICE};
 use crate::redis::Redis;
 use crate::report::MoveReport;
-use crate::tool::{Tool, beside};
 use crate::workload::Files;
 
-/// Where the daemon listens on the destination.
-const PORT: u16 = 7300;
 /// Limits, each several times what the step takes on a slow machine. A demo that hangs ends by itself.
 const LOAD_LIMIT: Duration = Duration::from_secs(120);
-const LISTEN_LIMIT: Duration = Duration::from_secs(30);
 const MOVE_LIMIT: Duration = Duration::from_secs(300);
 const AFTERWARDS_LIMIT: Duration = Duration::from_secs(120);
 /// Requests before and after the move that show the client at work.
@@ -66,7 +65,7 @@ pub struct Options {
 /// # Errors
 /// If it cannot be set up, or a step of it does not end in time.
 pub fn run(options: &Options, common: &Common) -> anyhow::Result<ExitCode> {
-    let (source_server, uffd_daemon) = (beside("source-server")?, beside("uffd-daemon")?);
+    let criu = Criu::find(common.criu.as_deref())?;
     for stale in Lab::sweep() {
         common.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
     }
@@ -81,39 +80,33 @@ pub fn run(options: &Options, common: &Common) -> anyhow::Result<ExitCode> {
     common.say(&format!("client: {} MiB written, load runs on one connection", options.mib));
     client.wait_requests(REQUESTS_BEFORE, LOAD_LIMIT)?;
 
-    let (source_json, destination_json) = (work.path.join("source.json"), work.path.join("destination.json"));
-    let peer = format!("{}:{PORT}", Host::Destination.address());
-    let mut serve = lab.run_in(Host::Destination, &uffd_daemon);
-    serve.args(["serve", "--listen", &peer, "--once", "--link", &options.link, "--insecure", "--json"]);
-    serve.arg(&destination_json);
-    serve.arg("--hook").arg(format!("pre-restore={}", lab.add_address_command(SERVICE)));
-    serve.arg("--hook").arg(format!("post-restore={}", lab.announce_command(SERVICE)));
-    finish(&mut serve, common, &work.path.join("destination"))?;
-    let mut serve = Tool::start("uffd-daemon", serve, work.path.join("uffd-daemon.log"))?;
-    wait_listening(&lab, Host::Destination, PORT, &serve, LISTEN_LIMIT)?;
-
-    let mut start = lab.run_in(Host::Source, &source_server);
-    start.args(["move", "--pid", &redis.pid().to_string(), "--to", &peer, "--link", &options.link]);
-    start.args(["--precopy-rounds", &options.precopy_rounds.to_string(), "--insecure", "--json"]);
-    start.arg(&source_json);
-    start.arg("--hook").arg(format!("post-dump={}", lab.remove_address_command(SERVICE)));
-    finish(&mut start, common, &work.path.join("source"))?;
+    let verbose = vec![OsString::from("-v"); common.verbose.into()];
+    let rounds: [OsString; 2] = ["--precopy-rounds".into(), options.precopy_rounds.to_string().into()];
+    let crossing = Crossing {
+        lab: &lab,
+        to: Host::Destination,
+        link: &options.link,
+        arguments: [[&verbose[..], &rounds[..]].concat(), verbose],
+        with_service: true,
+        criu: &criu.path,
+        dir: &work.path,
+    };
     common.say("moving");
-    let mut source = Tool::start("source-server", start, work.path.join("source-server.log"))?;
-    let source_status = source.wait(MOVE_LIMIT)?;
+    let mut moving = crossing.start(redis.pid())?;
+    let source_status = moving.source.wait(MOVE_LIMIT)?;
     // After a move that was given up nobody connects to the daemon any more and the source stays: neither end is
     // waited for, but whether the client goes on is still of interest.
     let after = if source_status.success() { AFTERWARDS_LIMIT } else { Duration::ZERO };
-    let destination_ended = serve.wait(after).is_ok_and(|status| status.success());
+    let destination_ended = moving.destination.wait(after).is_ok_and(|status| status.success());
     let source_gone = redis.wait_gone(after).is_ok();
     if !source_status.success() || !destination_ended {
-        eprintln!("{}\n{}", source.last_lines(), serve.last_lines());
+        eprintln!("{}\n{}", moving.source.last_lines(), moving.destination.last_lines());
     }
     let went_on = client.wait_requests(REQUESTS_AFTER, AFTERWARDS_LIMIT);
     let client = client.quit(AFTERWARDS_LIMIT)?;
     let outcome = Outcome {
-        source: MoveReport::read(&source_json).unwrap_or_default(),
-        destination: MoveReport::read(&destination_json).unwrap_or_default(),
+        source: MoveReport::read(&moving.reports[0]).unwrap_or_default(),
+        destination: MoveReport::read(&moving.reports[1]).unwrap_or_default(),
         client,
         source_gone,
         destination_ended,
@@ -146,20 +139,6 @@ fn start_client(options: &Options, lab: &Lab, redis: &Redis, work: &Path) -> any
     };
     let program = lab.run_in(Host::Client, std::env::current_exe()?);
     kv::Handle::start(program, &client, LOAD_LIMIT)
-}
-
-/// What both tools are told alike, at the end of their command lines.
-fn finish(command: &mut Command, common: &Common, work_dir: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(work_dir).with_context(|| format!("creating {work_dir:?}"))?;
-    command.arg("--work-dir").arg(work_dir);
-    if let Some(criu) = &common.criu {
-        command.arg("--criu").arg(criu);
-    }
-    for _ in 0..common.verbose {
-        command.arg("-v");
-    }
-    command.args(["--", "--tcp-established"]);
-    Ok(())
 }
 
 /// Where logs and reports go: the directory asked for, or one that is removed unless something failed.

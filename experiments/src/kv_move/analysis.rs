@@ -21,6 +21,8 @@ const NORMAL: f64 = 1.2;
 pub(super) struct Seen {
     /// Before the move was started.
     pub(super) before: Latency,
+    /// Requests per second then.
+    pub(super) before_requests_s: f64,
     /// Requests sent within a second from the first reply after the stall.
     pub(super) first_second: Latency,
     /// Those sent later.
@@ -62,6 +64,7 @@ impl Seen {
         #[expect(clippy::cast_precision_loss, reason = "times below 104 days")]
         Some(Self {
             before,
+            before_requests_s: before.count as f64 / ((move_ns - first_ns) as f64 / 1e9),
             first_second: between(resume_ns, resume_ns + SECOND_NS),
             after: between(resume_ns + SECOND_NS, u64::MAX),
             stall_ms: stall.took_ns as f64 / 1e6,
@@ -124,6 +127,7 @@ mod tests {
     fn a_stall_and_its_aftermath_are_described() {
         let seen = Seen::of(&times(), 1900 * MS).unwrap();
         assert!((seen.stall_ms - 160.0).abs() < 0.01, "{seen:?}");
+        assert!((seen.before_requests_s - 2000.0).abs() < 2.0, "{}", seen.before_requests_s);
         assert!((seen.before.p99 - 100.0).abs() < 1.0 && seen.before.count == 2 * 1600, "{:?}", seen.before);
         assert!((seen.first_second.p99 - 1000.0).abs() < 5.0, "{:?}", seen.first_second);
         assert!((seen.after.max - 100.0).abs() < 1.0, "{:?}", seen.after);

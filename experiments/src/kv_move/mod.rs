@@ -36,6 +36,8 @@ use crate::scenario::RunOptions;
 use crate::tool;
 use analysis::Seen;
 
+/// What it is called.
+pub const NAME: &str = "kv";
 /// Connections: enough to keep the one thread of redis busy.
 const CLIENTS: u32 = 4;
 const VALUE_BYTES: usize = 1000;
@@ -84,7 +86,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
         Case { mib: 1024, peak: seconds(3), before: seconds(3), after: seconds(6) }
     };
     let case = Case { mib: options.mib.unwrap_or(case.mib), ..case };
-    let mut campaign = Campaign::begin("kv", options, common, &[("criu", criu.version.clone())])?;
+    let mut campaign = Campaign::begin(NAME, options, common, &[("criu", criu.version.clone())])?;
     campaign.measure(&[vec![case]], options.runs_or(5), |case, run, results| {
         measure(*case, run, &criu.path, results)
     })?;
@@ -112,7 +114,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
         lab: &lab,
         to: Host::Destination,
         link: "tcp",
-        link_arguments: Default::default(),
+        arguments: Default::default(),
         with_service: true,
         criu,
         dir: dir.path(),
@@ -147,6 +149,7 @@ fn row(case: Case, run: usize, (peak, rate): (u64, u64), moved: &Moved, seen: &S
     for (column, value) in [
         ("peak_requests_s", peak as f64),
         ("load_requests_s", rate as f64),
+        ("before_requests_s", seen.before_requests_s),
         ("before_p50_us", seen.before.p50),
         ("before_p99_us", seen.before.p99),
         ("first_second_p50_us", seen.first_second.p50),

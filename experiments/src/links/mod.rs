@@ -33,6 +33,8 @@ use crate::touch::{self, Handle};
 use crate::workload::Files;
 use condition::Condition;
 
+/// What it is called.
+pub const NAME: &str = "links";
 /// A read that took less found its page present.
 const FAULT_FLOOR_NS: u64 = 3_000;
 /// A gap of this length in the application's clock is the move: shorter than any blackout, longer than what the
@@ -80,7 +82,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     let kinds = if options.smoke { &kinds[..1] } else { &kinds };
     let cases = |condition| kinds.iter().map(|&link| Case { link, condition, mib }).collect();
     let groups: Vec<Vec<Case>> = conditions.into_iter().map(cases).collect();
-    let mut campaign = Campaign::begin("links", options, common, &[("criu", criu.version.clone())])?;
+    let mut campaign = Campaign::begin(NAME, options, common, &[("criu", criu.version.clone())])?;
     campaign.measure(&groups, options.runs_or(2), |case, run, results| {
         measure(*case, run, &criu.path, results)
     })?;
@@ -113,7 +115,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
         lab: &lab,
         to,
         link: case.link,
-        link_arguments: Default::default(),
+        arguments: Default::default(),
         with_service: false,
         criu,
         dir: dir.path(),
@@ -131,6 +133,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
             ("wire", case.condition.wire_name()),
             ("delay_ms", case.condition.delay_ms().to_string()),
             ("loss_percent", case.condition.loss_percent().to_string()),
+            ("mib", case.mib.to_string()),
         ],
         run,
     );

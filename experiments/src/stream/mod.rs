@@ -34,6 +34,8 @@ use crate::scenario::RunOptions;
 use crate::workload::{Files, Order, Process};
 use client::{Arrival, Client};
 
+/// What it is called.
+pub const NAME: &str = "tcp-stream";
 const PORT: u16 = 7400;
 const LIMIT: Duration = Duration::from_secs(60);
 /// The stream before the move and after it.
@@ -69,7 +71,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     let mib = options.mib.unwrap_or(if options.smoke { 64 } else { 512 });
     let rates: &[u32] = if options.smoke { &[1000] } else { &[1000, 4000] };
     let groups: Vec<Vec<Case>> = rates.iter().map(|&mbit| vec![Case { mbit, mib }]).collect();
-    let mut campaign = Campaign::begin("tcp-stream", options, common, &[("criu", criu.version.clone())])?;
+    let mut campaign = Campaign::begin(NAME, options, common, &[("criu", criu.version.clone())])?;
     campaign.measure(&groups, options.runs_or(5), |case, run, results| {
         measure(*case, run, &criu.path, results)
     })?;
@@ -98,7 +100,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
         lab: &lab,
         to: Host::Destination,
         link: "tcp",
-        link_arguments: Default::default(),
+        arguments: Default::default(),
         with_service: true,
         criu,
         dir: dir.path(),

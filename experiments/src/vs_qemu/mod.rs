@@ -35,6 +35,8 @@ use crate::scenario::RunOptions;
 use crate::workload::field;
 use machine::{Machine, Parts, QEMU};
 
+/// What it is called.
+pub const NAME: &str = "vs-qemu";
 /// A guest's read that took less found its page on the destination.
 pub const GUEST_FLOOR_NS: u64 = 30_000;
 /// Longer than the slowest migration here; a capped one takes 8 s per 512 MiB.
@@ -107,7 +109,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     let mut versions = programs.versions();
     versions.push(("qemu", version()?));
     versions.push(("accelerator", parts.accelerator.name().to_owned()));
-    let mut campaign = Campaign::begin("vs-qemu", options, common, &versions)?;
+    let mut campaign = Campaign::begin(NAME, options, common, &versions)?;
     campaign.measure(&groups, options.runs_or(5), |case, run, results| match case.mover {
         "qemu" => qemu(*case, run, &parts, results),
         _ => ours(*case, run, &programs, results),
