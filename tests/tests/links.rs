@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs;
+use std::io::Write;
+use std::net::{TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
@@ -68,6 +70,31 @@ fn a_link_that_is_cut_pauses_the_move() {
         line.cut();
         Ended { source: source.wait(MOVE), destination: destination.wait(STEP) }.assert_paused();
         assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn noise_at_the_port_disturbs_nobody() {
+    let noise: [&[u8]; 5] = [&[], &[0], &[0x5a; 1200], &[22, 3, 1, 0xff, 0xff], &[0xc3; 1200]];
+    for link in SECURE {
+        let Some(site) = Site::new() else { return };
+        let plan = Keys::new(&site).plan(link);
+        let destination = plan.serve(&site);
+        for bytes in noise {
+            if link == "quic" {
+                let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                socket.send_to(bytes, &destination.address).unwrap();
+            } else {
+                // It may have been closed on the way.
+                let _ = TcpStream::connect(&destination.address).unwrap().write_all(bytes);
+            }
+        }
+        let mut stamp = Stamp::start(&stamps::small(&site, 8));
+        plan.source_to(&site, stamp.pid(), &destination.address).wait(MOVE).assert(0, "released", &[]);
+        destination.wait(STEP).assert(0, "released", &[]);
+        stamp.mark_moved();
+        stamp.assert_unharmed();
+        stamp.quit();
     }
 }
 

@@ -113,7 +113,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
         lab: &lab,
         to,
         link: case.link,
-        link_arguments: Default::default(),
+        link_arguments: kinds::arguments(case.link, dir.path())?,
         with_service: false,
         criu,
         dir: dir.path(),
