@@ -43,7 +43,7 @@ mod tests {
     #[test]
     fn sides_that_authenticate_know_each_other_and_others_are_told_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(arguments("tcp", dir.path()).unwrap(), [vec![], vec![]]);
+        assert_eq!(arguments("tcp", dir.path()).unwrap(), <[Vec<OsString>; 2]>::default());
         let [source, destination] = arguments("tls", dir.path()).unwrap();
         assert_eq!((source.len(), destination.len()), (4, 4));
         assert_ne!(source[3], destination[3]);
