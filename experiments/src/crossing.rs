@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use host::criu::Criu;
+use host::identity::Identity;
+use protocol::link::LinkKind;
 
 use crate::lab::{Host, Lab, SERVICE, wait_listening};
 use crate::report::MoveReport;
@@ -115,20 +117,16 @@ impl Crossing<'_> {
 
     /// What a link that authenticates both sides needs: each has a key of its own, and knows the other's.
     fn identities(&self) -> anyhow::Result<[Vec<OsString>; 2]> {
-        if matches!(self.link, "tcp" | "unix") {
+        if !self.link.parse::<LinkKind>().map_err(anyhow::Error::msg)?.authenticates() {
             return Ok(Default::default());
         }
-        let sides = ["source-server", "uffd-daemon"].map(|program| (program, self.dir.join(program)));
-        let fingerprint = |(program, dir): &(&str, PathBuf)| -> anyhow::Result<String> {
-            let output = Command::new(beside(program)?).args(["identity", "--dir"]).arg(dir).output()?;
-            ensure!(output.status.success(), "{program} identity: {}", String::from_utf8_lossy(&output.stderr));
-            Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        let [source, destination] = ["source-key", "destination-key"].map(|name| self.dir.join(name));
+        let print = |dir| Identity::make(dir).map(|identity| identity.fingerprint().to_string());
+        let (source_print, destination_print) = (print(&source)?, print(&destination)?);
+        let side = |own: PathBuf, peer: String| -> Vec<OsString> {
+            vec!["--identity".into(), own.into(), "--peer".into(), peer.into()]
         };
-        let (ours, theirs) = (fingerprint(&sides[0])?, fingerprint(&sides[1])?);
-        let arguments = |dir: &Path, peer: String| -> Vec<OsString> {
-            vec!["--identity".into(), dir.into(), "--peer".into(), peer.into()]
-        };
-        Ok([arguments(&sides[0].1, theirs), arguments(&sides[1].1, ours)])
+        Ok([side(source, destination_print), side(destination, source_print)])
     }
 
     fn address(&self) -> Ipv4Addr {

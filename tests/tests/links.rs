@@ -3,13 +3,16 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs;
+use std::io::Write;
+use std::net::{TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
 use experiments::stamp::Options;
+use nix::sys::signal::Signal;
 use tests::accounts::Memory;
 use tests::keys::{Key, Keys, identity};
-use tests::moves::{Ended, Plan};
+use tests::moves::{Daemon, Ended, Plan, Side};
 use tests::proxy::Proxy;
 use tests::site::Site;
 use tests::stamps::{self, Stamp, move_once};
@@ -72,6 +75,48 @@ fn a_link_that_is_cut_pauses_the_move() {
 }
 
 #[test]
+fn noise_at_the_port_disturbs_nobody() {
+    let noise: [&[u8]; 5] = [&[], &[0], &[0x5a; 1200], &[22, 3, 1, 0xff, 0xff], &[0xc3; 1200]];
+    for link in SECURE {
+        let Some(site) = Site::new() else { return };
+        let plan = Keys::new(&site).plan(link);
+        let destination = plan.serve(&site);
+        for bytes in noise {
+            if link == "quic" {
+                let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                socket.send_to(bytes, &destination.address).unwrap();
+            } else {
+                // It may have been closed on the way.
+                let _ = TcpStream::connect(&destination.address).unwrap().write_all(bytes);
+            }
+        }
+        let mut stamp = Stamp::start(&stamps::small(&site, 8));
+        plan.source_to(&site, stamp.pid(), &destination.address).wait(MOVE).assert(0, "released", &[]);
+        destination.wait(STEP).assert(0, "released", &[]);
+        stamp.mark_moved();
+        stamp.assert_unharmed();
+        stamp.quit();
+    }
+}
+
+/// The daemon says `word` of who was refused, and goes on until it is told to stop.
+#[track_caller]
+fn assert_goes_on(daemon: Daemon, word: &str) {
+    daemon.tool.wait_line(word, STEP);
+    daemon.tool.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait(STEP).status, 0);
+}
+
+/// A move that is refused at the handshake, of which the daemon says `word`.
+#[track_caller]
+fn refused(site: &Site, stamp: &Stamp, plan: &Plan<'_>, word: &str) -> Side {
+    let daemon = plan.serve(site);
+    let source = plan.source_to(site, stamp.pid(), &daemon.address).wait(STEP);
+    assert_goes_on(daemon, word);
+    source
+}
+
+#[test]
 fn who_is_not_known_is_refused_before_anything_is_touched() {
     for link in SECURE {
         let Some(site) = Site::new() else { return };
@@ -84,23 +129,15 @@ fn who_is_not_known_is_refused_before_anything_is_touched() {
             destination: Key { dir: keys.destination.dir.clone(), ..stranger.clone() },
             ..keys.clone()
         };
-        let ended = knows_another.plan(link).run(&site, stamp.pid());
+        let source = refused(&site, &stamp, &knows_another.plan(link), "not let in");
         let seen = &keys.destination.fingerprint;
-        ended.source.assert(
-            2,
-            "rolled_back",
-            &[seen, &format!("give --peer {seen}"), "uffd-daemon identity"],
-        );
-        assert_eq!(ended.destination.status, 0, "{:#?}", ended.destination);
-        assert!(ended.destination.said().contains("not let in"), "{:#?}", ended.destination);
+        source.assert(2, "rolled_back", &[seen, &format!("give --peer {seen}"), "uffd-daemon identity"]);
 
         // The destination does not know the source: both say whom.
         let knows_another = Keys { source: Key { dir: keys.source.dir.clone(), ..stranger }, ..keys.clone() };
-        let ended = knows_another.plan(link).run(&site, stamp.pid());
         let own = &keys.source.fingerprint;
-        ended.source.assert(2, "rolled_back", &[&format!("with --peer {own}"), "uffd-daemon serve"]);
-        assert_eq!(ended.destination.status, 0, "{:#?}", ended.destination);
-        assert!(ended.destination.said().contains(&format!("--peer {own}")), "{:#?}", ended.destination);
+        let source = refused(&site, &stamp, &knows_another.plan(link), &format!("--peer {own}"));
+        source.assert(2, "rolled_back", &[&format!("with --peer {own}"), "uffd-daemon serve"]);
 
         stamp.assert_unharmed();
         stamp.quit();
@@ -117,9 +154,7 @@ fn sides_with_different_links_say_so() {
         let daemon = destination.serve(&site);
         let refused = source.source_to(&site, stamp.pid(), &daemon.address).wait(STEP);
         refused.assert(2, "rolled_back", &["--link"]);
-        daemon.tool.wait_line(word, STEP);
-        daemon.tool.signal(nix::sys::signal::Signal::SIGTERM);
-        assert_eq!(daemon.wait(STEP).status, 0);
+        assert_goes_on(daemon, word);
     }
     stamp.assert_unharmed();
     stamp.quit();

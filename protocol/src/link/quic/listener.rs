@@ -1,5 +1,6 @@
 //! The port where QUIC peers knock.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,9 +16,12 @@ use super::engine::Engine;
 use super::{QuicStream, endpoint_config, enlarge, lock, server};
 use crate::link::credentials::Credentials;
 use crate::link::tls::TlsError;
+use crate::wire::limits;
 
 /// Largest datagram that opens a connection.
 const FIRST_MAX: usize = 2048;
+/// Most peers that are remembered as let in: more than may be without a hello at once.
+const LET_IN_MAX: usize = 256;
 
 /// A UDP socket at which peers knock. One that knocks for the first time is asked to do so again with a token, so
 /// nobody gets a thread or a socket under an address that is not its own.
@@ -27,6 +31,7 @@ pub struct QuicListener {
     endpoint: Mutex<Endpoint>,
     config: Arc<ServerConfig>,
     credentials: Arc<Credentials>,
+    let_in: Mutex<VecDeque<(SocketAddr, Instant)>>,
 }
 
 impl std::fmt::Debug for QuicListener {
@@ -54,7 +59,8 @@ impl QuicListener {
         let state = UdpSocketState::new((&socket).into())?;
         let config = Arc::new(server(&credentials, Arc::default()).map_err(io::Error::other)?);
         let endpoint = Endpoint::new(Arc::new(endpoint_config()), Some(config.clone()), false, None);
-        Ok(Self { socket, state, endpoint: Mutex::new(endpoint), config, credentials })
+        let (endpoint, let_in) = (Mutex::new(endpoint), Mutex::default());
+        Ok(Self { socket, state, endpoint, config, credentials, let_in })
     }
 
     /// Where it listens.
@@ -80,6 +86,9 @@ impl QuicListener {
         let answer = match endpoint.handle(now, meta.addr, meta.dst_ip, None, datagram.clone(), &mut reply) {
             Some(DatagramEvent::NewConnection(incoming)) if incoming.remote_address_validated() => {
                 endpoint.ignore(incoming);
+                if !self.is_first(meta.addr, now) {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
                 return Ok(QuicAccepted {
                     local: self.local(&meta)?,
                     peer: meta.addr,
@@ -97,6 +106,21 @@ impl QuicListener {
             let _ = self.socket.send_to(&reply[..answer.size], meta.addr);
         }
         Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    /// Whether a peer has not been let in of late. One that knocks again before its socket is there must not get a
+    /// second: its datagrams would go to either.
+    fn is_first(&self, peer: SocketAddr, now: Instant) -> bool {
+        let mut let_in = lock(&self.let_in);
+        let_in.retain(|(_, since)| now.duration_since(*since) < limits::HELLO_TIMEOUT);
+        if let_in.iter().any(|(known, _)| *known == peer) {
+            return false;
+        }
+        if let_in.len() >= LET_IN_MAX {
+            let_in.pop_front();
+        }
+        let_in.push_back((peer, now));
+        true
     }
 
     /// The address that the peer has knocked at.

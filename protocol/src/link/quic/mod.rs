@@ -269,7 +269,11 @@ impl QuicStream {
         let inline = self.inline()?;
         let until = inline.until();
         loop {
-            if let Some(got) = self.receive_some(buffer)? {
+            if inline.closed.load(Ordering::Relaxed) {
+                return Ok(0);
+            }
+            // What came is taken in behind the wait: no look at the socket is for nothing.
+            if let Some(got) = lock(&inline.engine).read(buffer)? {
                 return Ok(got);
             }
             inline.wait(until)?;
