@@ -22,8 +22,8 @@ impl Purpose {
     #[must_use]
     pub const fn origin(self) -> Origin {
         match self {
-            Self::Demand => Origin::Demand,
-            Self::Prefetch | Self::Background => Origin::Push,
+            Self::Demand | Self::Prefetch => Origin::Demand,
+            Self::Background => Origin::Push,
         }
     }
 }

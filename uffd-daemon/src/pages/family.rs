@@ -16,7 +16,7 @@ use crate::prefetch::Ahead;
 /// How a page came; each lazy page counts once, by its first arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// As the answer to a fault.
+    /// It was asked for, because of a fault there or of the faults before it.
     Demand,
     /// By the push.
     Push,
