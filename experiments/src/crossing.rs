@@ -121,7 +121,11 @@ impl Crossing<'_> {
         let sides = ["source-server", "uffd-daemon"].map(|program| (program, self.dir.join(program)));
         let fingerprint = |(program, dir): &(&str, PathBuf)| -> anyhow::Result<String> {
             let output = Command::new(beside(program)?).args(["identity", "--dir"]).arg(dir).output()?;
-            ensure!(output.status.success(), "{program} identity: {}", String::from_utf8_lossy(&output.stderr));
+            ensure!(
+                output.status.success(),
+                "{program} identity: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
             Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
         };
         let (ours, theirs) = (fingerprint(&sides[0])?, fingerprint(&sides[1])?);
