@@ -54,7 +54,8 @@ pub const PUSH_QUEUE: Duration = Duration::from_micros(500);
 pub const PUSH_WINDOW_MIN: usize = 128 << 10;
 /// Most of it: 10 Gbit/s over 10 ms.
 pub const PUSH_WINDOW_MAX: usize = 16 << 20;
-/// After how many bytes the window follows what the kernel has measured.
-pub const PUSH_WINDOW_INTERVAL: u64 = 1 << 20;
+/// Longest round trip on which the push holds back: on a longer link what it queues matters less than that it comes
+/// up to the link's rate soon, which the kernel sees to.
+pub const PUSH_WINDOW_ROUND_TRIP: Duration = Duration::from_millis(5);
 /// How far ahead of a fault the push goes on: about what a thread reads while a pushed page is on its way.
 pub const PUSH_LEAD_PAGES: u64 = 256;

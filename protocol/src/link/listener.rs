@@ -3,7 +3,9 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,7 +50,7 @@ impl Listener {
         let fail = |source| LinkError::Io { doing: "listen at", endpoint: endpoint.to_string(), source };
         match endpoint {
             Endpoint::Tcp(addr) => Ok(Self::Tcp(TcpListener::bind(addr).map_err(fail)?)),
-            Endpoint::Unix(path) => Ok(Self::Unix(UnixListener::bind(path).map_err(fail)?)),
+            Endpoint::Unix(path) => Ok(Self::Unix(bind_unix(path).map_err(fail)?)),
             Endpoint::Tls(at) => Ok(Self::Tls(TcpListener::bind(at.addr).map_err(fail)?, at.clone())),
             Endpoint::Quic(at) => {
                 let listener = QuicListener::bind(at.addr, at.credentials.clone());
@@ -97,6 +99,22 @@ impl Listener {
     /// The errno of `fcntl(2)`.
     pub fn set_nonblocking(&self, on: bool) -> io::Result<()> {
         socket2::SockRef::from(self).set_nonblocking(on)
+    }
+}
+
+/// Listens at a path, in the place of a listener that has ended and left its socket there.
+fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            // A socket refuses only if nobody listens; anything else at the path stays.
+            let refused = UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+            if !refused || !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+                return Err(error);
+            }
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
     }
 }
 

@@ -108,3 +108,18 @@ fn a_unix_socket_is_made_where_it_is_told() {
     let _listener = Listener::bind(&endpoint.unwrap()).unwrap();
     assert!(std::fs::metadata(&path).unwrap().file_type().is_socket());
 }
+
+#[test]
+fn the_socket_of_a_listener_that_has_ended_is_in_nobodys_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let endpoint = Endpoint::Unix(path.clone());
+    let first = Listener::bind(&endpoint).unwrap();
+    assert!(Listener::bind(&endpoint).is_err(), "somebody listens there");
+    drop(first);
+    Listener::bind(&endpoint).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "precious").unwrap();
+    assert!(Listener::bind(&endpoint).is_err(), "this is no socket");
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}

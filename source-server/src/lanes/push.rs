@@ -69,7 +69,6 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
     let mut order = Order::new(lanes.ledger().chunks());
     let mut window = Window::default();
-    let mut unlooked = 0;
     let mut runs = Vec::new();
     let mut id = 0;
     let mut throttle = Throttle { pace, began: Instant::now(), sent: 0 };
@@ -100,11 +99,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         let bytes = pages_to_bytes(pages) + (runs.len() * RUN_HEADER_LEN) as u64;
         lanes.push_bytes.fetch_add(bytes, Ordering::Relaxed);
         throttle.spent(bytes, &lanes.stop);
-        unlooked += bytes;
-        if unlooked >= limits::PUSH_WINDOW_INTERVAL {
-            unlooked = 0;
-            window.follow(lane);
-        }
+        window.follow(lane);
     }
     Ok(())
 }

@@ -25,10 +25,11 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// Follows what the kernel has measured. On a link without such a measurement nothing happens.
+    /// Follows what the kernel has measured, in a microsecond. Where it measures nothing, or the link is long,
+    /// nothing happens.
     pub(super) fn follow(&mut self, lane: &Stream) {
         let Ok(Some(path)) = kernel::tcp::path(lane.as_fd()) else { return };
-        if path.delivery_rate == 0 {
+        if path.delivery_rate == 0 || path.min_rtt > limits::PUSH_WINDOW_ROUND_TRIP {
             return;
         }
         let wanted = self.wanted(path);
