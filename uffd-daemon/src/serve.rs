@@ -52,8 +52,10 @@ struct Entry {
     lanes: Sender<(Role, Stream)>,
 }
 
+/// A session that has ended.
 struct Finished {
-    status: u8,
+    /// The status of its move; none if there was no move because it was refused.
+    status: Option<u8>,
 }
 
 /// Serves until interrupted, or with `once` until the first move is over; returns the exit status.
@@ -92,8 +94,10 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
         }
         if over {
             for Finished { status } in finished.empty() {
-                if context.once || (stop.is_none() && lock(&registry).is_empty()) {
-                    return Ok(status);
+                // A refusal is no move: a daemon that serves one move goes on waiting for it.
+                let last = context.once && status.is_some();
+                if last || (stop.is_none() && lock(&registry).is_empty()) {
+                    return Ok(status.unwrap_or(0));
                 }
             }
         }
@@ -160,7 +164,10 @@ impl Context {
                 None
             }
             Ok((_, Admitted::Session(lanes))) => {
-                let control = ControlChannel::new(stream).ok()?;
+                let Ok(control) = ControlChannel::new(stream) else {
+                    self.forget(&hello);
+                    return None;
+                };
                 let stopped = self.stopped.clone();
                 Some((hello.session, Session::new(self.session.clone(), &hello, control, lanes, stopped)))
             }
@@ -199,19 +206,12 @@ impl Context {
         lock(&self.registry).remove(&id);
         let Ok((report, result)) = ended else {
             // The panic has been printed; the daemon must not wait for this session for ever.
-            self.done.send(Finished { status: 1 });
+            self.done.send(Finished { status: Some(1) });
             return;
         };
         self.publish(&report, &result);
         let refused = matches!(result, Err(SessionError::Refused(_)));
-        let status = match &result {
-            Err(SessionError::Refused(_)) => 2,
-            _ => report.outcome.exit_status(),
-        };
-        // A refusal is no move: a daemon that serves one move goes on waiting for it.
-        if !(refused && self.once) {
-            self.done.send(Finished { status });
-        }
+        self.done.send(Finished { status: (!refused).then(|| report.outcome.exit_status()) });
     }
 
     fn publish(&self, report: &Report, result: &Result<(), SessionError>) {
