@@ -186,7 +186,9 @@ impl Recorder {
     /// As [`Recorder::phase`], for a moment that was only noticed later.
     pub fn phase_at(&mut self, name: &'static str, at: Instant) {
         self.close(at);
-        self.open = Some((name, at));
+        // The first begins with the whole: nothing is left out between them.
+        let first = self.report.phases.is_empty();
+        self.open = Some((name, if first { self.began } else { at }));
         tracing::info!(phase = name, "phase");
     }
 

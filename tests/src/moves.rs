@@ -319,8 +319,13 @@ impl Ended {
     pub fn assert_released(&self, memory: Memory) {
         self.assert_arrived(memory);
         for side in [&self.source, &self.destination] {
-            let trouble: Vec<_> =
-                side.lines.iter().filter(|l| l.contains("ERROR") || l.contains("WARN")).collect();
+            let trouble: Vec<_> = side
+                .lines
+                .iter()
+                .filter(|line| line.contains("ERROR") || line.contains("WARN"))
+                // Chance puts the stack pointer of one thread in 256 there; on a busy host it is seen too late.
+                .filter(|line| !line.contains("lies on the first byte of a page"))
+                .collect();
             assert!(trouble.is_empty(), "{trouble:#?}");
         }
     }
