@@ -19,6 +19,7 @@ mod pattern;
 mod samples;
 
 use std::fmt;
+use std::os::unix::process::parent_id;
 use std::path::PathBuf;
 use std::process::{ExitCode, id};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
@@ -43,8 +44,11 @@ const FIRST: Place = Place { process: 0, part: Part::Writers, page: 0 };
 const GENERATION: u32 = 1;
 /// Set in a page's free word by a write; what was there before is still known.
 const WRITTEN: u64 = 1 << 63;
-/// A gap this long in the sampling thread's clock is taken for the move.
+/// A gap this long in the sampling thread's clock is taken for the move if the process has another parent behind it: a
+/// busy host can keep a thread waiting as long.
 const MOVED_GAP_NS: u64 = 20_000_000;
+/// One this long is taken for the move in any case.
+const SURE_GAP_NS: u64 = 150_000_000;
 /// Between two looks at how much memory is there.
 const PRESENCE_INTERVAL_NS: u64 = 5_000_000;
 /// Period of the control thread while it waits for the start, and afterwards.
@@ -269,11 +273,16 @@ fn wait_end(shared: &Shared, options: &Options, control: &mut ControlFile) -> u6
 /// The sampling thread.
 fn watch_clock(shared: &Shared) {
     let mut last = wall_ns();
+    let parent = parent_id();
     let mut presence_at = None;
     while !shared.stop.load(Relaxed) {
         let now = wall_ns();
-        shared.recorder.gap(last, now);
-        if now.saturating_sub(last) >= MOVED_GAP_NS {
+        let gap_ns = now.saturating_sub(last);
+        let moved = gap_ns >= SURE_GAP_NS || gap_ns >= MOVED_GAP_NS && parent_id() != parent;
+        if moved || gap_ns < MOVED_GAP_NS {
+            shared.recorder.gap(last, now);
+        }
+        if moved {
             presence_at = Some(now);
         }
         last = now;
