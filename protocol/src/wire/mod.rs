@@ -26,3 +26,4 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod limits;
+pub mod switchover;
