@@ -6,7 +6,7 @@ use crate::explore::explore;
 use crate::world::{Kind, RULES, Store, World};
 
 /// Steps of the undisturbed move, in an order it can have, and the point behind each.
-const MOVE: [(&str, &str); 16] = [
+const MOVE: [(&str, &str); 15] = [
     ("source: frozen, dumped, fenced", "the source is frozen"),
     ("source: drained", ""),
     ("source: sends Dumped", "`Dumped` is on its way"),
@@ -20,8 +20,7 @@ const MOVE: [(&str, &str); 16] = [
     ("source: lets go of the tasks", "the source's tasks are killed, pages are in pipes"),
     ("pages arrive and are acknowledged", "the last page is here, its `Ack` is on its way"),
     ("source: every page acknowledged", "the last `Ack` has arrived"),
-    ("destination: sends Complete", "`Complete` is about to be sent"),
-    ("destination: Complete is sent", "`Complete` is on its way"),
+    ("destination: sends Complete", "`Complete` is on its way"),
     ("source: receives Complete", "`Complete` has arrived, `Released` is on its way"),
 ];
 

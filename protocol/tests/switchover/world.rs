@@ -291,14 +291,15 @@ impl World {
             world.acks = Acks::OnTheirWay;
         });
         let settled = state == State::Running && self.here;
-        self.step(steps, settled, Kind::Progress, "destination: sends Complete", on(Event::Settled));
-        self.step(
-            steps,
-            state == State::Settled,
-            Kind::Progress,
-            "destination: Complete is sent",
-            on(Event::CompleteSent),
-        );
+        self.step(steps, settled, Kind::Progress, "destination: sends Complete", |world| {
+            world.destination_event(rules, Event::Settled);
+            world.destination_event(rules, Event::CompleteSent);
+        });
+        // Whether it leaves or not.
+        self.step(steps, settled, Kind::Fault, "destination: fails to send Complete", |world| {
+            world.destination_event(rules, Event::Settled);
+            world.destination_event(rules, Event::Broken);
+        });
         let ended = self.cut || self.source_open().is_none();
         let lost = ended && self.to_destination.is_empty();
         self.step(steps, lost, Kind::Progress, "destination: the connection has ended", on(Event::Broken));
