@@ -80,25 +80,14 @@ impl<'a> Committed<'a> {
                         Control::Complete(summary) => {
                             complete = Some(summary);
                             last_ack_due = Some(Instant::now() + limits::LAST_ACK_TIMEOUT);
-                            String::new()
+                            "the destination says twice that it is complete".into()
                         }
                         Control::Abort(reason) => format!("destination: {reason}"),
                         other => other.out_of_order("complete").to_string(),
                     };
                     released = self.step(event, &what)?;
                 }
-                Ok(Next::Other(0)) => {
-                    for notice in self.frozen.notices.empty() {
-                        let (event, what) = match notice {
-                            Notice::Lane(Ok(())) => continue,
-                            Notice::Drained(Ok(())) => (Event::Drained, String::new()),
-                            Notice::AllAcknowledged => (Event::Acknowledged, String::new()),
-                            Notice::Drained(Err(error)) => (Event::Broken, error.to_string()),
-                            Notice::Lane(Err(error)) => (Event::Failing, error.to_string()),
-                        };
-                        released = self.step(event, &what)?;
-                    }
-                }
+                Ok(Next::Other(0)) => released = self.take_notices()?,
                 Ok(Next::Other(_)) => {
                     if mover.interrupt.take() {
                         self.step(Event::Interrupted, "interrupted")?;
@@ -118,6 +107,21 @@ impl<'a> Committed<'a> {
                 format!("push: {missing} of {total} pages left, {} held", mib(lanes.store.held_bytes()))
             });
         }
+    }
+
+    fn take_notices(&mut self) -> Result<bool, String> {
+        let mut released = false;
+        for notice in self.frozen.notices.empty() {
+            let (event, what) = match notice {
+                Notice::Lane(Ok(())) => continue,
+                Notice::Drained(Ok(())) => (Event::Drained, String::new()),
+                Notice::AllAcknowledged => (Event::Acknowledged, String::new()),
+                Notice::Drained(Err(error)) => (Event::Broken, error.to_string()),
+                Notice::Lane(Err(error)) => (Event::Failing, error.to_string()),
+            };
+            released = self.step(event, &what)?;
+        }
+        Ok(released)
     }
 
     /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
