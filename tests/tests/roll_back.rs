@@ -287,6 +287,29 @@ fn the_destination_dies() {
 }
 
 #[test]
+fn the_source_dies() {
+    let Some(mut trial) = Trial::new() else { return };
+    for store in STORES {
+        let mut gate = Gate::new(&trial.site, store);
+        let plan = Plan::new().source(["--store", store]).destination_hook("post-restore", &gate.command());
+        let under_way = plan.start(&trial.site, trial.stamp.pid());
+        gate.wait_reached();
+        under_way.source.tool.signal(Signal::SIGKILL);
+        gate.open(0);
+        under_way.destination.wait(MOVE).assert(1, "rolled_back", &["lost the source"]);
+        // Nobody is left to let it run: the fence holds when CRIU ends.
+        trial.site.assert_only(&[trial.stamp.pid()]);
+        assert!(tests::processes::is_stopped(trial.stamp.pid()));
+        tests::processes::signal(trial.stamp.pid(), Signal::SIGCONT);
+        trial.stamp.assert_unharmed();
+        for left in std::fs::read_dir(trial.site.work_dir()).unwrap() {
+            std::fs::remove_dir_all(left.unwrap().path()).unwrap();
+        }
+    }
+    trial.finish();
+}
+
+#[test]
 fn the_process_ends_before_it_is_frozen() {
     let Some(trial) = Trial::new() else { return };
     let Trial { mut stamp, site } = trial;

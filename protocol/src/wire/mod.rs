@@ -19,10 +19,11 @@
 //! ```
 //!
 //! Before `Commit` either side may send `Abort`; the destination answers `RolledBack` once it is clean.
-//! Every byte is described in `docs/protocol.md`.
+//! What follows from what is in `switchover`. Every byte is described in `docs/protocol.md`.
 
 pub mod codec;
 pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod limits;
+pub mod switchover;

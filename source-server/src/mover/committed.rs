@@ -9,6 +9,7 @@ use host::hooks::HookPhase;
 use host::progress::mib;
 use host::report::Recorder;
 use protocol::wire::control::{Control, Summary};
+use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
 use super::frozen::{Frozen, Notice, Running};
 use super::session::{Next, Session};
@@ -21,13 +22,18 @@ pub(super) struct Committed<'a> {
     frozen: Frozen<'a>,
     session: Session,
     running: Running,
+    switchover: Switchover,
     threads: Vec<JoinHandle<()>>,
-    let_go: bool,
 }
 
 impl<'a> Committed<'a> {
-    pub(super) fn new(frozen: Frozen<'a>, session: Session, running: Running) -> Self {
-        Self { frozen, session, running, threads: Vec::new(), let_go: false }
+    pub(super) fn new(
+        frozen: Frozen<'a>,
+        session: Session,
+        running: Running,
+        switchover: Switchover,
+    ) -> Self {
+        Self { frozen, session, running, switchover, threads: Vec::new() }
     }
 
     /// Pushes, waits for every acknowledgement, releases.
@@ -46,47 +52,88 @@ impl<'a> Committed<'a> {
         self.release(mover)
     }
 
+    /// Has pages pushed and acknowledged until everything can be released; an error holds what is left.
     fn push(&mut self, mover: &mut Mover) -> Result<Summary, String> {
         self.start_push(mover)?;
         let mut complete = None;
-        let mut acknowledged = self.frozen.map.pages() == 0;
         let mut last_ack_due = None;
+        let mut released = false;
+        if self.running.drained {
+            released = self.step(Event::Drained, "")?;
+        }
+        if self.frozen.map.pages() == 0 {
+            released = self.step(Event::Acknowledged, "")?;
+        }
         loop {
-            if self.running.drained && !self.let_go {
-                self.let_go_of_tasks();
-            }
-            if let (Some(summary), true, true) = (complete, acknowledged, self.let_go) {
+            if let (Some(summary), true) = (complete, released) {
                 return Ok(summary);
             }
             if last_ack_due.is_some_and(|due: Instant| Instant::now() > due) {
-                return Err(
-                    "the destination says that it is complete but has not acknowledged every page".into()
-                );
+                let late = "the destination says that it is complete but has not acknowledged every page";
+                self.step(Event::Broken, late)?;
             }
             let others = [self.frozen.notices.as_fd(), mover.interrupt.as_fd()];
-            let next = self.session.next(others, mover.progress.interval());
-            match next.map_err(|error| format!("lost the destination: {error}"))? {
-                Next::Message(Control::Complete(summary)) => {
-                    complete = Some(summary);
-                    last_ack_due = Some(Instant::now() + limits::LAST_ACK_TIMEOUT);
+            match self.session.next(others, mover.progress.interval()) {
+                Ok(Next::Message(message)) => {
+                    let event = Event::from(&message);
+                    let what = match message {
+                        Control::Complete(summary) => {
+                            complete = Some(summary);
+                            last_ack_due = Some(Instant::now() + limits::LAST_ACK_TIMEOUT);
+                            "the destination says twice that it is complete".into()
+                        }
+                        Control::Abort(reason) => format!("destination: {reason}"),
+                        other => other.out_of_order("complete").to_string(),
+                    };
+                    released = self.step(event, &what)?;
                 }
-                Next::Message(Control::Abort(reason)) => return Err(format!("destination: {reason}")),
-                Next::Message(other) => return Err(other.out_of_order("complete").to_string()),
-                Next::Other(0) => self.take_notices(complete.is_some(), &mut acknowledged)?,
-                Next::Other(_) => {
+                Ok(Next::Other(0)) => released = self.take_notices()?,
+                Ok(Next::Other(_)) => {
                     if mover.interrupt.take() {
+                        self.step(Event::Interrupted, "interrupted")?;
                         tracing::warn!(
                             "past the switchover: the process runs at the destination and needs the pages here"
                         );
                     }
                 }
-                Next::TimedOut => {}
+                Ok(Next::TimedOut) => {}
+                Err(error) => {
+                    self.step(Event::Broken, &format!("lost the destination: {error}"))?;
+                }
             }
             let (lanes, total) = (&self.frozen.lanes, self.frozen.map.pages());
             mover.progress.show(|| {
                 let missing = lanes.ledger().missing();
                 format!("push: {missing} of {total} pages left, {} held", mib(lanes.store.held_bytes()))
             });
+        }
+    }
+
+    fn take_notices(&mut self) -> Result<bool, String> {
+        let mut released = false;
+        for notice in self.frozen.notices.empty() {
+            let (event, what) = match notice {
+                Notice::Lane(Ok(())) => continue,
+                Notice::Drained(Ok(())) => (Event::Drained, String::new()),
+                Notice::AllAcknowledged => (Event::Acknowledged, String::new()),
+                Notice::Drained(Err(error)) => (Event::Broken, error.to_string()),
+                Notice::Lane(Err(error)) => (Event::Failing, error.to_string()),
+            };
+            released = self.step(event, &what)?;
+        }
+        Ok(released)
+    }
+
+    /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
+    fn step(&mut self, event: Event, what: &str) -> Result<bool, String> {
+        match self.switchover.step(event) {
+            Action::LetGo => {
+                self.let_go_of_tasks();
+                self.step(Event::HasLetGo, what)
+            }
+            Action::End(Ending::Release) => Ok(true),
+            Action::Wait => Ok(false),
+            _ => Err(what.to_owned()),
         }
     }
 
@@ -109,25 +156,9 @@ impl<'a> Committed<'a> {
         Ok(())
     }
 
-    fn take_notices(&mut self, complete: bool, acknowledged: &mut bool) -> Result<(), String> {
-        for notice in self.frozen.notices.empty() {
-            match notice {
-                Notice::Drained(Ok(())) => self.running.drained = true,
-                Notice::Drained(Err(error)) => return Err(error.to_string()),
-                Notice::AllAcknowledged => *acknowledged = true,
-                Notice::Lane(Ok(())) => {}
-                // The destination closes its lanes once it is complete.
-                Notice::Lane(Err(_)) if complete || *acknowledged => {}
-                Notice::Lane(Err(error)) => return Err(error.to_string()),
-            }
-        }
-        Ok(())
-    }
-
     /// The pages are in the store: CRIU ends and the tasks are killed, so that their addresses, ports and
     /// pids are free. With the `frozen` store the tasks are the store, and stay until the release.
     fn let_go_of_tasks(&mut self) {
-        self.let_go = true;
         if let Err(error) = self.frozen.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
             tracing::warn!("{error}; the tasks are stopped all the same");
         }

@@ -14,6 +14,7 @@ use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::ControlError;
 use protocol::wire::control::{Control, Dumped};
+use protocol::wire::switchover::source::{Action, Event, Switchover};
 
 use super::session::{Next, Session};
 use super::{Mover, StoreKind};
@@ -54,16 +55,16 @@ pub(super) struct Frozen<'a> {
     _dir: WorkDir,
 }
 
-/// Why the switchover was not reached, or not survived.
+/// Why the destination does not run, and what follows from it.
 pub(super) struct Why {
     pub(super) reason: String,
-    /// The commit was sent: the destination may be running.
-    pub(super) committed: bool,
+    pub(super) then: Action,
 }
 
-impl From<String> for Why {
-    fn from(reason: String) -> Self {
-        Self { reason, committed: false }
+impl Why {
+    /// Something failed here.
+    pub(super) fn broken(switchover: &mut Switchover, reason: String) -> Self {
+        Self { reason, then: switchover.step(Event::Broken) }
     }
 }
 
@@ -180,28 +181,45 @@ impl<'a> Frozen<'a> {
     }
 
     /// Ships the images, waits for the restore, and commits. Returns when the destination runs.
-    pub(super) fn reach_commit(&self, mover: &mut Mover, session: &Session) -> Result<Running, Why> {
+    pub(super) fn reach_commit(
+        &self,
+        mover: &mut Mover,
+        session: &Session,
+        switchover: &mut Switchover,
+    ) -> Result<Running, Why> {
+        let mut running = self.ship(mover, session).map_err(|reason| Why::broken(switchover, reason))?;
+        let prepared = Awaited::new("prepared", limits::RESTORE_TIMEOUT, limits::REASON_PATIENCE);
+        self.wait(mover, session, switchover, &mut running, prepared)?;
+        let then = switchover.step(Event::Fence { stands: fence::stands(&self.tree) });
+        if then != Action::SendCommit {
+            return Err(Why { reason: "a task of the source moves although it was stopped".into(), then });
+        }
+        let mut awaited = Awaited::new("running", limits::RUNNING_TIMEOUT, limits::ROLLED_BACK_TIMEOUT);
+        if let Err(error) = session.control.send(&Control::Commit) {
+            // Perhaps it arrived; or the destination had given up before, and its word that it is clean is here.
+            let then = switchover.step(Event::Failing);
+            if then != Action::AwaitReason {
+                return Err(Why { reason: lost(&error), then });
+            }
+            awaited.within = awaited.patience;
+            awaited.failure = Some(lost(&error));
+        }
+        self.wait(mover, session, switchover, &mut running, awaited)?;
+        Ok(running)
+    }
+
+    fn ship(&self, mover: &mut Mover, session: &Session) -> Result<Running, String> {
         mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
         mover.recorder.phase("ship");
-        let lost = |error: ControlError| session.lost(&error);
-        let (images, bytes) = session.ship(&self.dump.images).map_err(lost)?;
+        let failed = |error: ControlError| session.lost(&error);
+        let (images, bytes) = session.ship(&self.dump.images).map_err(failed)?;
         let frozen_us = u64::try_from(self.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
         let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages() };
-        let more = session.control.send(&Control::Dumped(dumped)).map_err(lost)?;
+        let more = session.control.send(&Control::Dumped(dumped)).map_err(failed)?;
         mover.recorder.report().bytes.control += bytes + more;
         mover.recorder.phase("restore");
         let fault_lane = self.serve_faults(session)?;
-        let mut running = Running { at: Instant::now(), drained: self.drained, fault_lane };
-        self.wait_prepared(mover, session, &mut running)?;
-        if !fence::stands(&self.tree) {
-            return Err("a task of the source moves although it was stopped".to_owned().into());
-        }
-        // The switchover: nothing behind this line resumes the source.
-        if let Err(error) = session.control.send(&Control::Commit) {
-            return Err(Why { reason: lost(error), committed: true });
-        }
-        self.wait_running(mover, session, &mut running)?;
-        Ok(running)
+        Ok(Running { at: Instant::now(), drained: self.drained, fault_lane })
     }
 
     fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
@@ -211,46 +229,70 @@ impl<'a> Frozen<'a> {
         Ok(std::thread::spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream)))))
     }
 
-    fn wait_prepared(&self, mover: &mut Mover, session: &Session, running: &mut Running) -> Result<(), Why> {
-        let mut deadline = Instant::now() + limits::RESTORE_TIMEOUT;
-        let mut lane_ended = None;
+    /// Waits until something is decided; anything but the awaited message is an error.
+    fn wait(
+        &self,
+        mover: &Mover,
+        session: &Session,
+        switchover: &mut Switchover,
+        running: &mut Running,
+        mut awaited: Awaited,
+    ) -> Result<(), Why> {
+        let mut deadline = Instant::now() + awaited.within;
+        let mut refusal = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let next = session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left);
-            match next.map_err(|error| format!("lost the destination: {error}"))? {
-                Next::Message(Control::Prepared) => match lane_ended {
-                    None => return Ok(()),
-                    Some(why) => return Err(why),
+            let (event, what) = match session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left) {
+                Ok(Next::Message(message)) => (Event::from(&message), awaited.not_this(message)),
+                Ok(Next::Other(0)) => match self.take_notices(running) {
+                    Ok(()) => continue,
+                    Err(reason) => (Event::Failing, reason),
                 },
-                Next::Message(Control::Abort(reason)) => return Err(format!("destination: {reason}").into()),
-                Next::Message(other) => {
-                    return Err(other.out_of_order("prepared").to_string().into());
+                Ok(Next::Other(_)) => (Event::Interrupted, "interrupted".into()),
+                Ok(Next::TimedOut) => (Event::Broken, awaited.missing()),
+                Err(error) => (Event::Broken, lost(&error)),
+            };
+            match switchover.step(event) {
+                Action::CheckFence => return Ok(()),
+                Action::Push => {
+                    running.at = Instant::now();
+                    return Ok(());
                 }
-                Next::Other(0) => {
-                    if let Err(why) = self.take_notices(running) {
-                        // A destination that gives up closes its lanes; its reason is on the way.
-                        lane_ended = Some(why);
-                        deadline = deadline.min(Instant::now() + limits::REASON_PATIENCE);
+                Action::Wait => {
+                    if event == Event::Interrupted && mover.interrupt.take() {
+                        tracing::warn!("past the switchover: the move goes on");
                     }
                 }
-                Next::Other(_) => return Err("interrupted".to_owned().into()),
-                Next::TimedOut => {
-                    if let Some(why) = lane_ended {
-                        return Err(why);
-                    }
-                    return Err(format!("restore took longer than {:?}", limits::RESTORE_TIMEOUT).into());
+                Action::AwaitReason => {
+                    awaited.failure = Some(what);
+                    deadline = deadline.min(Instant::now() + awaited.patience);
+                }
+                Action::AwaitRolledBack => {
+                    refusal = Some(what);
+                    deadline = deadline.min(Instant::now() + limits::REASON_PATIENCE);
+                }
+                then => {
+                    let reason = match (event, refusal) {
+                        (Event::Abort, None) => format!("destination: {what}"),
+                        (Event::RolledBack, Some(refusal)) => format!("destination: {refusal}"),
+                        (_, Some(refusal)) => {
+                            format!("the destination failed after the switchover: {refusal}")
+                        }
+                        _ => what,
+                    };
+                    return Err(Why { reason, then });
                 }
             }
         }
     }
 
-    fn take_notices(&self, running: &mut Running) -> Result<(), Why> {
+    fn take_notices(&self, running: &mut Running) -> Result<(), String> {
         for notice in self.notices.empty() {
             match notice {
                 Notice::Drained(Ok(())) => running.drained = true,
-                Notice::Drained(Err(error)) => return Err(self.with_complaint(&error).into()),
+                Notice::Drained(Err(error)) => return Err(self.with_complaint(&error)),
                 Notice::Lane(Ok(())) | Notice::AllAcknowledged => {}
-                Notice::Lane(Err(error)) => return Err(error.to_string().into()),
+                Notice::Lane(Err(error)) => return Err(error.to_string()),
             }
         }
         Ok(())
@@ -263,51 +305,6 @@ impl<'a> Frozen<'a> {
             return format!("criu ended while it was needed: {} ({error})", self.dump.complaint());
         }
         error.to_string()
-    }
-
-    fn wait_running(&self, mover: &Mover, session: &Session, running: &mut Running) -> Result<(), Why> {
-        let committed = |reason: String| Why { reason, committed: true };
-        let mut deadline = Instant::now() + limits::RUNNING_TIMEOUT;
-        let mut lane_ended = None;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let next = session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left);
-            match next.map_err(|error| committed(format!("lost the destination: {error}")))? {
-                Next::Message(Control::Running) => {
-                    running.at = Instant::now();
-                    return Ok(());
-                }
-                // It had given up before it heard of the commit.
-                Next::Message(Control::Abort(reason)) if session.is_rolled_back() => {
-                    return Err(format!("destination: {reason}").into());
-                }
-                Next::Message(Control::Abort(reason)) => {
-                    return Err(committed(format!("the destination failed after the switchover: {reason}")));
-                }
-                Next::Message(other) => {
-                    return Err(committed(other.out_of_order("running").to_string()));
-                }
-                Next::Other(0) => {
-                    if let Err(why) = self.take_notices(running) {
-                        // Its reason is on the way, and whether it has rolled back.
-                        lane_ended = Some(committed(why.reason));
-                        deadline = deadline.min(Instant::now() + limits::ROLLED_BACK_TIMEOUT);
-                    }
-                }
-                Next::Other(_) => {
-                    if mover.interrupt.take() {
-                        tracing::warn!("past the switchover: the move goes on");
-                    }
-                }
-                Next::TimedOut => {
-                    if let Some(why) = lane_ended {
-                        return Err(why);
-                    }
-                    let limit = limits::RUNNING_TIMEOUT;
-                    return Err(committed(format!("the destination did not run within {limit:?}")));
-                }
-            }
-        }
     }
 
     /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
@@ -377,6 +374,39 @@ fn why_not_frozen(tree: &ProcessTree, error: &DumpError) -> String {
         Ok(true) => format!("process {} ended before it was frozen", root.pid),
         _ => error.to_string(),
     }
+}
+
+/// What is waited for, and what has gone wrong meanwhile.
+struct Awaited {
+    message: &'static str,
+    within: Duration,
+    /// How long to wait for the destination's own reason once something has failed.
+    patience: Duration,
+    failure: Option<String>,
+}
+
+impl Awaited {
+    const fn new(message: &'static str, within: Duration, patience: Duration) -> Self {
+        Self { message, within, patience, failure: None }
+    }
+
+    /// Why a message is not good news, if it is none.
+    fn not_this(&self, message: Control) -> String {
+        match (message, &self.failure) {
+            (Control::Abort(reason), _) => reason,
+            (Control::Prepared | Control::Running, Some(failure)) => failure.clone(),
+            (other, _) => other.out_of_order(self.message).to_string(),
+        }
+    }
+
+    fn missing(&self) -> String {
+        let late = || format!("the destination was not {} within {:?}", self.message, self.within);
+        self.failure.clone().unwrap_or_else(late)
+    }
+}
+
+fn lost(error: &ControlError) -> String {
+    format!("lost the destination: {error}")
 }
 
 /// The destination runs.

@@ -27,13 +27,14 @@ use protocol::link::tls::TlsError;
 use protocol::link::{Endpoint, Fingerprint, LinkError};
 use protocol::wire::control::Problem;
 use protocol::wire::hello::{HelloError, Refusal, SessionId, SessionSecret};
+use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
 use crate::lanes::Pace;
 use crate::preflight;
 use crate::process::ProcessTree;
 
 use committed::Committed;
-use frozen::Frozen;
+use frozen::{Frozen, Why};
 use session::Session;
 
 /// Where pages wait.
@@ -154,19 +155,13 @@ impl Mover {
         self.recorder.phase("preflight");
         let (tree, criu, network) = self.preflight()?;
         let session = Session::open(self, &tree, &criu)?;
+        let mut switchover = Switchover::default();
         if let Err(error) = self.hooks.run(HookPhase::PreFreeze) {
-            session.abort(&error.to_string());
-            self.rolled_back_hook();
-            return Err(MoveError::RolledBack(error.to_string()));
+            return Err(self.never_frozen(&session, &mut switchover, error.to_string()));
         }
         let frozen = match Frozen::dump(self, &tree, &criu, &network) {
             Ok(frozen) => frozen,
-            Err(error) => {
-                // The tasks run again.
-                session.abort(&error.to_string());
-                self.rolled_back_hook();
-                return Err(MoveError::RolledBack(error.to_string()));
-            }
+            Err(reason) => return Err(self.never_frozen(&session, &mut switchover, reason)),
         };
         self.recorder.report().tasks = frozen
             .map
@@ -174,19 +169,31 @@ impl Mover {
             .iter()
             .map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages })
             .collect();
-        match frozen.reach_commit(self, &session) {
-            Ok(running) => Committed::new(frozen, session, running).finish(self),
-            Err(why) if why.committed => Err(Committed::hold(frozen, &session, &why.reason)),
-            Err(why) => {
-                let kept = session.abort(&why.reason);
-                self.rolled_back_hook();
-                let mut reason = why.reason;
-                if let Some(kept) = kept {
-                    reason.push_str(&kept);
+        match frozen.reach_commit(self, &session, &mut switchover) {
+            Ok(running) => Committed::new(frozen, session, running, switchover).finish(self),
+            Err(Why { mut reason, then }) => {
+                if then == Action::CallOff {
+                    if let Some(why) = session.call_off(&reason, &mut switchover) {
+                        reason.push_str(&format!(
+                            "; the destination did not confirm that it is clean ({why}): look at it"
+                        ));
+                    }
+                } else if then != Action::End(Ending::LetRun) {
+                    return Err(Committed::hold(frozen, &session, &reason));
                 }
+                self.rolled_back_hook();
                 Err(MoveError::RolledBack(frozen::and(reason, frozen.roll_back())))
             }
         }
+    }
+
+    /// Calls off a move whose tasks run, or run again.
+    fn never_frozen(&self, session: &Session, switchover: &mut Switchover, reason: String) -> MoveError {
+        if switchover.step(Event::Broken) == Action::CallOff {
+            session.call_off(&reason, switchover);
+        }
+        self.rolled_back_hook();
+        MoveError::RolledBack(reason)
     }
 
     fn preflight(&self) -> Result<(ProcessTree, Criu, crate::netlock::NetworkLock), MoveError> {

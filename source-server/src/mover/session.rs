@@ -1,6 +1,5 @@
 //! The connections of a move, all dialled before anything is frozen.
 
-use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,6 +12,7 @@ use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::wire::control::{Control, ImageChunk};
 use protocol::wire::hello::{Hello, Role};
 use protocol::wire::limits::IMAGE_CHUNK_MAX;
+use protocol::wire::switchover::source::{Action, Event, Switchover};
 
 use super::{MoveError, Mover};
 use crate::limits;
@@ -24,8 +24,6 @@ pub(super) struct Session {
     pub(super) control: ControlChannel,
     pub(super) fault: Stream,
     pub(super) push: Stream,
-    /// The destination has said that it is clean.
-    rolled_back: Cell<bool>,
 }
 
 impl Session {
@@ -63,7 +61,7 @@ impl Session {
             other => return Err(broken(other.out_of_order("a verdict"))),
         }
         let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
-        Ok(Self { control, fault, push, rolled_back: Cell::new(false) })
+        Ok(Self { control, fault, push })
     }
 
     /// Sends every image file; returns their number and the bytes sent.
@@ -103,37 +101,22 @@ impl Session {
         format!("lost the destination: {error}")
     }
 
-    /// Whether a destination that gave up says that it is clean. It says so only of a tree that never ran, so
-    /// the source may run again even if the commit was on its way.
-    pub(super) fn is_rolled_back(&self) -> bool {
-        let answered = || waiting::link_within(&self.control, limits::REASON_PATIENCE);
-        if !self.rolled_back.get() && matches!(answered(), Ok(true)) {
-            self.rolled_back.set(matches!(self.control.receive(), Ok(Control::RolledBack)));
-        }
-        self.rolled_back.get()
-    }
-
     /// Calls the move off and waits until the destination is clean. Returns what is left to say.
-    pub(super) fn abort(&self, reason: &str) -> Option<String> {
-        if self.rolled_back.get() {
-            return None;
-        }
-        let unsure = |why: &str| {
-            Some(format!("; the destination did not confirm that it is clean ({why}): look at it"))
-        };
+    pub(super) fn call_off(&self, reason: &str, switchover: &mut Switchover) -> Option<&'static str> {
         // One that has given up by itself does not listen any more; its word that it is clean is here then.
         let _ = self.control.send(&Control::Abort(reason.to_owned()));
         let deadline = Instant::now() + limits::ROLLED_BACK_TIMEOUT;
         loop {
-            match waiting::link_or(&self.control, [], Some(deadline)) {
-                Ok((true, [])) => {}
-                _ => return unsure("no answer"),
-            }
-            match self.control.receive() {
-                Ok(Control::RolledBack) => return None,
-                // What was under way before it heard of it.
-                Ok(_) => {}
-                Err(_) => return unsure("connection lost"),
+            let (event, why) = match waiting::link_or(&self.control, [], Some(deadline)) {
+                Ok((true, [])) => match self.control.receive() {
+                    Ok(message) => (Event::from(&message), "no answer"),
+                    Err(_) => (Event::Broken, "connection lost"),
+                },
+                _ => (Event::Broken, "no answer"),
+            };
+            // Anything else was under way before it heard of it.
+            if switchover.step(event) != Action::Wait {
+                return (event != Event::RolledBack).then_some(why);
             }
         }
     }

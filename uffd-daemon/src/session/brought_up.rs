@@ -18,6 +18,7 @@ use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::units::TaskId;
 use protocol::wire::control::Control;
+use protocol::wire::switchover::destination::Event;
 
 use super::{ByteCount, SessionConfig};
 use crate::barrier::Report;
@@ -37,15 +38,20 @@ use crate::upstream::FaultLane;
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) reason: String,
+    pub(super) event: Event,
 }
 
 impl Failure {
+    pub(super) const fn broken(reason: String) -> Self {
+        Self { reason, event: Event::Broken }
+    }
+
     pub(super) fn lost(error: &ControlError) -> Self {
-        Self { reason: format!("lost the source: {error}") }
+        Self::broken(format!("lost the source: {error}"))
     }
 
     pub(super) fn io(error: std::io::Error) -> Self {
-        Self { reason: error.to_string() }
+        Self::broken(error.to_string())
     }
 }
 
@@ -183,7 +189,7 @@ impl BroughtUp {
     }
 
     fn restore(&mut self) -> Result<&mut Restore, Failure> {
-        self.restore.as_mut().ok_or_else(|| Failure { reason: "the restore has ended".into() })
+        self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))
     }
 
     /// Waits until the tree is restored and held, and checks that its lazy areas are ours to fill.
@@ -246,13 +252,14 @@ impl BroughtUp {
     }
 
     /// Lets the tasks run; returns when they did.
-    pub(super) fn run(&mut self, control: &ControlChannel) -> Result<Instant, Failure> {
+    pub(super) fn run(&mut self) -> Result<Instant, Failure> {
         self.restore()?.run().map_err(Failure::io)?;
         let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut resumed = None;
         let mut finished = false;
         loop {
-            let restore = self.restore.as_mut().ok_or(Failure { reason: "the restore has ended".into() })?;
+            let restore =
+                self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))?;
             let fds = [restore.reports_fd(), restore.ended_fd(), self.handed_over.as_fd()];
             let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
             match ready {
@@ -267,19 +274,17 @@ impl BroughtUp {
                         let complaint = restore.complaint();
                         let reason =
                             format!("criu restore failed behind the switchover ({status}): {complaint}");
-                        // The source must know, although it will not resume.
-                        let _ = control.send(&Control::Abort(reason.clone()));
-                        return Err(Failure { reason });
+                        return Err(Failure { reason, event: Event::RestoreFailed });
                     }
                     resumed = resumed.or(Some(Instant::now()));
                 }
                 [_, _, true] => {
                     for result in self.handed_over.empty() {
-                        result.map_err(|error| Failure { reason: error.to_string() })?;
+                        result.map_err(|error| Failure::broken(error.to_string()))?;
                         finished = true;
                     }
                 }
-                _ => return Err(Failure { reason: "criu restore did not let the tasks run".into() }),
+                _ => return Err(Failure::broken("criu restore did not let the tasks run".into())),
             }
             if let (Some(at), true) = (resumed, finished) {
                 let proc = restore.proc_dir();

@@ -26,6 +26,7 @@ use host::workdir::WorkDir;
 use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::wire::control::{Control, Offer, Summary};
 use protocol::wire::hello::{Hello, Role};
+use protocol::wire::switchover::destination::{Action, Ending, Event, Switchover};
 
 use crate::fault::Notice;
 use crate::latency;
@@ -117,8 +118,9 @@ impl Session {
     fn phases(&mut self) -> Result<(), SessionError> {
         self.recorder.phase("preflight");
         let offer = self.judge_offer()?;
-        match self.bring_up(&offer) {
-            Ok(brought_up) => self.settle(brought_up),
+        let mut switchover = Switchover::default();
+        match self.bring_up(&offer, &mut switchover) {
+            Ok(brought_up) => self.settle(brought_up, switchover),
             Err(reason) => {
                 if let Err(error) = self.config.hooks.run(HookPhase::RolledBack) {
                     tracing::error!("{error}");
@@ -146,7 +148,7 @@ impl Session {
     }
 
     /// Everything up to the switchover; whatever fails here leaves nothing behind.
-    fn bring_up(&mut self, offer: &Offer) -> Result<BroughtUp, String> {
+    fn bring_up(&mut self, offer: &Offer, switchover: &mut Switchover) -> Result<BroughtUp, String> {
         let (fault, push) = self.wait_for_lanes()?;
         let dir = WorkDir::create(self.config.work_dir.as_deref(), "postcopy-destination")
             .map_err(|error| format!("cannot make a working directory: {error}"))?;
@@ -170,10 +172,12 @@ impl Session {
         let tasks = brought_up.map.tasks().iter();
         let tasks = tasks.map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
         self.recorder.report().tasks = tasks;
-        match self.hold_and_commit(&mut brought_up) {
+        match self.hold_and_commit(&mut brought_up, switchover) {
             Ok(()) => Ok(brought_up),
             Err(reason) => {
-                brought_up.tear_down();
+                if switchover.step(Event::Broken) == Action::End(Ending::TearDown) {
+                    brought_up.tear_down();
+                }
                 Err(reason)
             }
         }
@@ -232,60 +236,79 @@ impl Session {
         }
     }
 
-    fn hold_and_commit(&mut self, brought_up: &mut BroughtUp) -> Result<(), String> {
+    /// Restores, and waits for the word that lets the tasks run.
+    fn hold_and_commit(
+        &mut self,
+        brought_up: &mut BroughtUp,
+        switchover: &mut Switchover,
+    ) -> Result<(), String> {
         brought_up.wait_held(&self.control, &self.interrupt)?;
         self.config.hooks.run(HookPhase::PostRestore).map_err(|error| error.to_string())?;
-        let lost = |error: ControlError| format!("lost the source: {error}");
-        self.control.send(&Control::Prepared).map_err(lost)?;
-        match self.next_message(Some(limits::COMMIT_TIMEOUT))? {
-            Control::Commit => Ok(()),
-            other => Err(other.out_of_order("commit").to_string()),
+        if switchover.step(Event::Held) == Action::SendPrepared {
+            self.control.send(&Control::Prepared).map_err(|error| format!("lost the source: {error}"))?;
+        }
+        let message = self.next_message(Some(limits::COMMIT_TIMEOUT))?;
+        match switchover.step(Event::from(&message)) {
+            Action::LetRun => Ok(()),
+            _ => Err(message.out_of_order("commit").to_string()),
         }
     }
 
     /// Behind the switchover: run, fetch everything, release.
-    fn settle(&mut self, mut brought_up: BroughtUp) -> Result<(), SessionError> {
-        match self.try_settle(&mut brought_up) {
-            Ok(()) => {
-                if let Err(error) = self.config.hooks.run(HookPhase::Released) {
-                    tracing::error!("{error}");
-                }
-                brought_up.finish();
-                Ok(())
+    fn settle(&mut self, mut brought_up: BroughtUp, mut switchover: Switchover) -> Result<(), SessionError> {
+        let Err(Failure { reason, event }) = self.try_settle(&mut brought_up, &mut switchover) else {
+            if let Err(error) = self.config.hooks.run(HookPhase::Released) {
+                tracing::error!("{error}");
             }
-            Err(Failure { reason }) => {
-                self.control.shutdown();
-                self.recorder.settle(&self.summary(&brought_up, Instant::now()));
-                Err(SessionError::Paused(brought_up.pause(&reason)))
-            }
+            brought_up.finish();
+            return Ok(());
+        };
+        if switchover.step(event) == Action::End(Ending::TellAndPause) {
+            // The source must know, although it will not resume.
+            let _ = self.control.send(&Control::Abort(reason.clone()));
         }
+        self.control.shutdown();
+        self.recorder.settle(&self.summary(&brought_up, Instant::now()));
+        Err(SessionError::Paused(brought_up.pause(&reason)))
     }
 
-    fn try_settle(&mut self, brought_up: &mut BroughtUp) -> Result<(), Failure> {
-        let running_at = brought_up.run(&self.control)?;
+    /// Runs the tasks and waits until every page is here; an error pauses.
+    fn try_settle(&mut self, brought_up: &mut BroughtUp, switchover: &mut Switchover) -> Result<(), Failure> {
+        let running_at = brought_up.run()?;
         if let Some(frozen_at) = brought_up.frozen_at {
             let blackout = running_at.saturating_duration_since(frozen_at);
             self.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
         }
         self.recorder.phase_at("push", running_at);
-        self.control.send(&Control::Running).map_err(|error| Failure::lost(&error))?;
+        if switchover.step(Event::Resumed) == Action::SendRunning {
+            self.control.send(&Control::Running).map_err(|error| Failure::lost(&error))?;
+        }
         brought_up.start_push();
         self.wait_settled(brought_up)?;
         self.recorder.phase("release");
         let summary = self.summary(brought_up, running_at);
         self.recorder.settle(&summary);
-        self.control.send(&Control::Complete(summary)).map_err(|error| Failure::lost(&error))?;
-        // Every page is here: a farewell that does not come changes nothing for the tasks, and an interrupt does
-        // not either.
-        match waiting::link_within(&self.control, LANE_PATIENCE) {
-            Ok(true) => match self.control.receive() {
-                Ok(Control::Released) => {}
-                Ok(other) => tracing::warn!("{}", other.out_of_order("released")),
-                Err(error) => tracing::warn!("no farewell from the source: {error}"),
-            },
-            _ => tracing::warn!("no farewell from the source"),
+        if switchover.step(Event::Settled) == Action::SendComplete {
+            self.control.send(&Control::Complete(summary)).map_err(|error| Failure::lost(&error))?;
         }
-        Ok(())
+        switchover.step(Event::CompleteSent);
+        // An interrupt changes nothing any more.
+        let farewell = match waiting::link_within(&self.control, LANE_PATIENCE) {
+            Ok(true) => self.control.receive(),
+            _ => Err(ControlError::Closed),
+        };
+        let (event, warning) = match farewell {
+            Ok(Control::Released) => (Event::Released, None),
+            Ok(other) => (Event::from(&other), Some(other.out_of_order("released"))),
+            Err(error) => (Event::Broken, Some(error)),
+        };
+        if let Some(warning) = warning {
+            tracing::warn!("no farewell from the source: {warning}");
+        }
+        match switchover.step(event) {
+            Action::End(Ending::Release) => Ok(()),
+            _ => Err(Failure::broken("no farewell from the source".into())),
+        }
     }
 
     /// Waits until every page is settled and acknowledged, when the push lane's thread ends well, and until no
@@ -299,7 +322,7 @@ impl Session {
             let (control, [notice, pushed]) = ready.map_err(Failure::io)?;
             if pushed {
                 for result in brought_up.pushed.empty() {
-                    result.map_err(|error| Failure { reason: error.to_string() })?;
+                    result.map_err(|error| Failure::broken(error.to_string()))?;
                     acknowledged = true;
                     brought_up.ask_whether_settled();
                 }
@@ -310,15 +333,15 @@ impl Session {
                         Notice::Settled => settled = true,
                         Notice::UpstreamLost(_) if brought_up.tree.check_settled() => settled = true,
                         Notice::UpstreamLost(reason) | Notice::Broken(reason) => {
-                            return Err(Failure { reason });
+                            return Err(Failure::broken(reason));
                         }
                     }
                 }
             }
             if control {
                 return Err(match self.control.receive() {
-                    Ok(Control::Abort(reason)) => Failure { reason: format!("the source failed: {reason}") },
-                    Ok(other) => Failure { reason: other.out_of_order("nothing").to_string() },
+                    Ok(Control::Abort(reason)) => Failure::broken(format!("the source failed: {reason}")),
+                    Ok(other) => Failure::broken(other.out_of_order("nothing").to_string()),
                     Err(error) => Failure::lost(&error),
                 });
             }

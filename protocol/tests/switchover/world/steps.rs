@@ -1,0 +1,274 @@
+//! What can happen next in a world.
+
+use protocol::wire::switchover::{destination, source};
+
+use super::{Acks, Message, Rules, Store, Tasks, World};
+
+/// Why a step is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// It happens by itself.
+    Progress,
+    /// A time limit that the programs have: it happens if nothing else does.
+    Limit,
+    /// Something goes wrong.
+    Fault,
+}
+
+/// One step: why, what happened, and the world after it.
+pub(crate) struct Step {
+    pub(crate) kind: Kind,
+    pub(crate) what: String,
+    pub(crate) next: World,
+}
+
+impl World {
+    /// Everything that can happen next.
+    pub(crate) fn steps(&self, rules: Rules) -> Vec<Step> {
+        let mut steps = Vec::new();
+        self.source_steps(rules, &mut steps);
+        self.destination_steps(rules, &mut steps);
+        self.kernel_steps(&mut steps);
+        self.faults(&mut steps);
+        steps
+    }
+
+    fn source_steps(&self, rules: Rules, steps: &mut Vec<Step>) {
+        use source::{Event, State};
+        let Some(state) = self.source_open() else { return };
+        let on = |event| move |world: &mut Self| world.source_event(rules, event);
+        let preparing = matches!(state, State::Preparing { .. });
+        self.step(
+            steps,
+            preparing && !self.fenced,
+            Kind::Progress,
+            "source: frozen, dumped, fenced",
+            |world| {
+                world.fenced = true;
+                world.source_tasks = Tasks::Stopped;
+            },
+        );
+        let drains = self.fenced && self.dump_serves && self.store == Store::Pipes && !self.in_pipes;
+        self.step(steps, drains, Kind::Progress, "source: drained", |world| world.in_pipes = true);
+        self.step(
+            steps,
+            preparing && self.fenced && !self.dumped,
+            Kind::Progress,
+            "source: sends Dumped",
+            |world| {
+                world.dumped = true;
+                world.send_to_destination(Message::Dumped);
+            },
+        );
+        if let Some(&message) = self.to_source.first() {
+            self.step(steps, true, Kind::Progress, &format!("source: receives {message:?}"), |world| {
+                world.to_source.remove(0);
+                world.source_event(
+                    rules,
+                    match message {
+                        Message::Prepared => Event::Prepared,
+                        Message::Running => Event::Running,
+                        Message::Complete => Event::Complete,
+                        Message::Abort => Event::Abort,
+                        Message::RolledBack => Event::RolledBack,
+                        _ => Event::OutOfOrder,
+                    },
+                );
+            });
+        }
+        if let State::Pushing(progress) = state {
+            let stored = self.in_pipes || self.store == Store::Frozen;
+            self.step(
+                steps,
+                stored && !progress.drained,
+                Kind::Progress,
+                "source: lets go of the tasks",
+                on(Event::Drained),
+            );
+            self.step(
+                steps,
+                self.acks == Acks::OnTheirWay,
+                Kind::Progress,
+                "source: every page acknowledged",
+                |world| {
+                    world.acks = Acks::Arrived;
+                    world.source_event(rules, Event::Acknowledged);
+                },
+            );
+        }
+        let ended = self.cut || self.destination_open().is_none();
+        let lost = ended && self.to_source.is_empty();
+        self.step(steps, lost, Kind::Progress, "source: the connection has ended", on(Event::Broken));
+        self.step(
+            steps,
+            ended || self.lanes_cut,
+            Kind::Progress,
+            "source: a lane has ended",
+            on(Event::Failing),
+        );
+        let limited = match state {
+            State::Preparing { .. } => self.dumped,
+            State::Pushing(progress) => progress.complete,
+            _ => true,
+        };
+        self.step(steps, limited, Kind::Limit, "source: a time limit", on(Event::Broken));
+        self.step(steps, true, Kind::Fault, "source: a failure", on(Event::Broken));
+        self.step(steps, true, Kind::Fault, "source: interrupted", on(Event::Interrupted));
+    }
+
+    fn destination_steps(&self, rules: Rules, steps: &mut Vec<Step>) {
+        use destination::{Event, State};
+        let Some(state) = self.destination_open() else { return };
+        let on = |event| move |world: &mut Self| world.destination_event(rules, event);
+        if let Some(&message) = self.to_destination.first() {
+            self.step(steps, true, Kind::Progress, &format!("destination: receives {message:?}"), |world| {
+                world.to_destination.remove(0);
+                world.destination_event(
+                    rules,
+                    match message {
+                        Message::Dumped if state == State::Restoring => {
+                            world.images_here = true;
+                            return;
+                        }
+                        Message::Commit => Event::Commit,
+                        Message::Released => Event::Released,
+                        Message::Abort => Event::Broken,
+                        _ => Event::OutOfOrder,
+                    },
+                );
+            });
+        }
+        let restoring = self.images_here && state == State::Restoring;
+        self.step(
+            steps,
+            restoring && self.destination_tasks == Tasks::Absent,
+            Kind::Progress,
+            "destination: restored",
+            |world| {
+                world.destination_tasks = Tasks::Held;
+            },
+        );
+        let held = restoring && self.destination_tasks == Tasks::Held;
+        self.step(steps, held, Kind::Progress, "destination: hook done, sends Prepared", on(Event::Held));
+        let committed = state == State::Committed;
+        let running = self.destination_tasks == Tasks::Running;
+        self.step(
+            steps,
+            committed && running,
+            Kind::Progress,
+            "destination: the tasks run",
+            on(Event::Resumed),
+        );
+        self.step(
+            steps,
+            committed && !running,
+            Kind::Progress,
+            "destination: criu has failed",
+            on(Event::RestoreFailed),
+        );
+        self.step(steps, committed && running, Kind::Fault, "destination: criu fails to resume", |world| {
+            world.destination_tasks = Tasks::Gone;
+            world.destination_event(rules, Event::RestoreFailed);
+        });
+        let pushing = matches!(self.source, Some(source::State::Pushing(_)));
+        let flows = state == State::Running && pushing && !self.lanes_cut && !self.here;
+        self.step(steps, flows, Kind::Progress, "pages arrive and are acknowledged", |world| {
+            world.here = true;
+            world.acks = Acks::OnTheirWay;
+        });
+        let settled = state == State::Running && self.here;
+        self.step(steps, settled, Kind::Progress, "destination: sends Complete", |world| {
+            world.destination_event(rules, Event::Settled);
+            world.destination_event(rules, Event::CompleteSent);
+        });
+        // Whether it leaves or not.
+        self.step(steps, settled, Kind::Fault, "destination: fails to send Complete", |world| {
+            world.destination_event(rules, Event::Settled);
+            world.destination_event(rules, Event::Broken);
+        });
+        let ended = self.cut || self.source_open().is_none();
+        let lost = ended && self.to_destination.is_empty();
+        self.step(steps, lost, Kind::Progress, "destination: the connection has ended", on(Event::Broken));
+        let fetching = state == State::Running && self.lanes_cut && !self.here;
+        self.step(steps, fetching, Kind::Progress, "destination: a lane has ended", on(Event::Broken));
+        let limited = match state {
+            State::Restoring => self.images_here,
+            State::Prepared | State::Committed | State::Completed => true,
+            _ => false,
+        };
+        self.step(steps, limited, Kind::Limit, "destination: a time limit", on(Event::Broken));
+        self.step(steps, true, Kind::Fault, "destination: a failure or an interrupt", on(Event::Broken));
+    }
+
+    /// What goes on without a program.
+    fn kernel_steps(&self, steps: &mut Vec<Step>) {
+        // The barrier's script has lost its daemon: CRIU kills what it restored, now or as soon as it gets there.
+        let unheld =
+            self.destination.is_none() && matches!(self.destination_tasks, Tasks::Held | Tasks::Absent);
+        self.step(steps, unheld, Kind::Progress, "the barrier fails, criu kills its tree", |world| {
+            world.destination_tasks = Tasks::Gone;
+        });
+    }
+
+    fn faults(&self, steps: &mut Vec<Step>) {
+        for kept_out in 0..=self.to_destination.len() {
+            for kept_back in 0..=self.to_source.len() {
+                let (out, back) = (self.to_destination.len() - kept_out, self.to_source.len() - kept_back);
+                let what = format!(
+                    "the control connection is cut; {out} messages to the destination and {back} to the source are lost"
+                );
+                self.step(steps, !self.cut, Kind::Fault, &what, |world| {
+                    world.cut = true;
+                    world.to_destination.truncate(kept_out);
+                    world.to_source.truncate(kept_back);
+                });
+            }
+        }
+        self.step(steps, !self.lanes_cut, Kind::Fault, "the lanes are cut", |world| world.lanes_cut = true);
+        let lossy = self.lanes_cut && self.acks == Acks::OnTheirWay;
+        self.step(steps, lossy, Kind::Fault, "acknowledgements are lost", |world| world.acks = Acks::None);
+        self.step(
+            steps,
+            self.source_open().is_some(),
+            Kind::Fault,
+            "source-server is killed",
+            Self::kill_source,
+        );
+        self.step(
+            steps,
+            self.destination_open().is_some(),
+            Kind::Fault,
+            "uffd-daemon is killed",
+            Self::kill_destination,
+        );
+        self.step(steps, self.fenced && self.dump_serves, Kind::Fault, "criu dump is killed", |world| {
+            // The SIGSTOP that was pending behind its ptrace takes effect: nothing runs.
+            world.dump_serves = false;
+        });
+        let restores = matches!(self.destination_tasks, Tasks::Absent | Tasks::Held);
+        self.step(steps, restores, Kind::Fault, "criu restore is killed", |world| {
+            world.destination_tasks = Tasks::Gone
+        });
+        // Behind Commit nothing watches the fence: who continues the tasks by hand then is told not to.
+        let breakable = self.fenced && !self.promised && self.source_tasks == Tasks::Stopped;
+        self.step(steps, breakable, Kind::Fault, "somebody continues the source's tasks", |world| {
+            world.source_tasks = Tasks::Running;
+        });
+    }
+
+    fn step(
+        &self,
+        steps: &mut Vec<Step>,
+        possible: bool,
+        kind: Kind,
+        what: &str,
+        change: impl FnOnce(&mut Self),
+    ) {
+        if possible {
+            let mut next = self.clone();
+            change(&mut next);
+            next.forget_unread();
+            steps.push(Step { kind, what: what.to_owned(), next });
+        }
+    }
+}
