@@ -107,7 +107,8 @@ fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             // A socket refuses only if nobody listens; anything else at the path stays.
-            let refused = UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
+            let refused =
+                UnixStream::connect(path).is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
             if !refused || !std::fs::symlink_metadata(path)?.file_type().is_socket() {
                 return Err(error);
             }
