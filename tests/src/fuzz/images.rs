@@ -125,10 +125,10 @@ pub fn fuzz_checkpoint(data: &[u8]) {
     let top = dir.path().join("top");
     fs::create_dir_all(top.join("old")).expect("make directories");
     symlink("old", top.join("parent")).expect("link to the parent");
-    unpack(data, &top);
+    let size = unpack(data, &top);
 
     // The paths of its errors take memory as well, but no more for more input.
-    let Ok(checkpoint) = bounded(data.len(), 2 * MEMORY_PER_BYTE, || Checkpoint::open(&top)) else { return };
+    let Ok(checkpoint) = bounded(size, 2 * MEMORY_PER_BYTE, || Checkpoint::open(&top)) else { return };
     let again = dir.path().join("again");
     fs::create_dir(&again).expect("make a directory");
     checkpoint.write(&again).expect("write images");
@@ -150,21 +150,25 @@ pub fn fuzz_checkpoint(data: &[u8]) {
     }
 }
 
-fn unpack(data: &[u8], top: &Path) {
-    let mut rest = data;
-    while let Some(([number, low, high], behind)) = rest.split_first_chunk() {
+/// Writes the files, and says how long they are together.
+fn unpack(data: &[u8], top: &Path) -> usize {
+    let (mut rest, mut size) = (data, 0);
+    while let Some(([number, low, high], behind)) = rest.split_first_chunk::<3>() {
         let number = usize::from(*number) % (FILES.len() + 1);
         if let Some(name) = FILES.get(number) {
             let length = usize::from(u16::from_le_bytes([*low, *high])).min(behind.len());
             fs::write(top.join(name), &behind[..length]).expect("write an image");
+            size += length;
             rest = &behind[length..];
         } else {
             let name = FILES[usize::from(*low) % FILES.len()];
-            let length = usize::from(*high) * PAGE_SIZE;
-            fs::write(top.join(name), vec![*low; length.min(FILE_MAX)]).expect("write pages");
+            let length = (usize::from(*high) * PAGE_SIZE).min(FILE_MAX);
+            fs::write(top.join(name), vec![*low; length]).expect("write pages");
+            size += length;
             rest = behind;
         }
     }
+    size
 }
 
 /// Addresses and indices belong to each other, at the ends of every run.

@@ -20,7 +20,7 @@ const EDGES: [u64; 16] = [
     0x7fff_ffff,
     0xffff_ffff,
     0x7fff_ffff_f000,
-    i64::MAX as u64,
+    u64::MAX >> 1,
     !0xfff,
     u64::MAX,
 ];

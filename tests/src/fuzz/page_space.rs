@@ -125,7 +125,7 @@ impl Table {
 
     fn unmap(&mut self, pages: Range<u64>) {
         self.remove(pages.clone());
-        pages.for_each(|page| drop(self.index_at.remove(&page)));
+        self.index_at.retain(|page, _| !pages.contains(page));
     }
 
     fn remap(&mut self, from: u64, to: u64, pages: u64) {
@@ -366,12 +366,12 @@ impl Rig {
     }
 
     fn fetch(&mut self, from: u64, most: u64) {
-        let wanted = |index: u64| self.is_missing(index) && !self.asked.contains(&index);
-        let expected = (from..self.map.pages).find(|index| wanted(*index));
+        let wanted = |index: &u64| self.is_missing(*index) && !self.asked.contains(index);
+        let wanted: BTreeSet<u64> = (from..self.map.pages).filter(wanted).collect();
         let fetched = self.family.next_to_fetch(from, most);
-        assert_eq!(fetched.map(|(first, _)| first), expected);
+        assert_eq!(fetched.map(|(first, _)| first), wanted.first().copied());
         let Some((first, run)) = fetched else { return };
-        assert!(run.pages <= most && (first..first + run.pages).all(wanted));
+        assert!(run.pages <= most && (first..first + run.pages).all(|index| wanted.contains(&index)));
         self.ask(first, run);
     }
 
@@ -453,7 +453,7 @@ pub fn fuzz_prefetch(data: &[u8]) {
         // Mostly steps, which make streams; some jumps.
         (last, rest) = match behind.split_first_chunk() {
             Some((far, behind)) if *how == 0 => (u64::from_le_bytes(*far), behind),
-            _ => (last.wrapping_add_signed(i64::from(how.cast_signed())), behind),
+            _ => (last.wrapping_add_signed(i64::from(i8::from_le_bytes([*how]))), behind),
         };
         let Some(ahead) = streams.fault(last) else { continue };
         assert!((1..=PREFETCH_PAGES).contains(&ahead.pages) && ahead.stride != 0, "{ahead:?}");

@@ -1,4 +1,4 @@
-//! Valid inputs, made by our encoders; with them every corpus begins.
+//! Inputs made by our encoders, valid ones and each malformation that a decoder looks for; with them every corpus begins.
 
 use experiments::random::Random;
 use protocol::criu::handover::{FD_BYTE, send};
@@ -39,6 +39,8 @@ pub fn all() -> Vec<Seed> {
     image_files(&mut add);
     streams(&mut add);
     operations(&mut add);
+    malformed_frames(&mut add);
+    malformed_images(&mut add);
     seeds
 }
 
@@ -219,21 +221,15 @@ fn image_files(add: &mut Add<'_>) {
     add("stats", "restore", images::write_stats(&Stats { dump: None, restore }));
 
     for (name, wide) in [("compact", false), ("wide", true)] {
-        let files = [
-            (0, images::write_inventory(&Inventory::default())),
-            (1, pstree()),
-            (2, core(TaskState::Alive)),
-            (3, core(TaskState::Dead)),
-            (4, mm()),
-            (6, pagemap(1, wide)),
-            (10, pagemap_of_parent()),
-        ];
-        let mut data = Vec::new();
-        for (number, image) in files {
-            data.push(number);
-            data.extend(u16::try_from(image.len()).expect("a small image").to_le_bytes());
-            data.extend(image);
-        }
+        let mut data = archive(&[
+            (0, &images::write_inventory(&Inventory::default())),
+            (1, &pstree()),
+            (2, &core(TaskState::Alive)),
+            (3, &core(TaskState::Dead)),
+            (4, &mm()),
+            (6, &pagemap(1, wide)),
+            (10, &pagemap_of_parent()),
+        ]);
         let pages = u8::try_from(FILES.len()).expect("few");
         data.extend([pages, 8, 3, pages, 11, 2]);
         add("checkpoint", name, data);
@@ -277,4 +273,87 @@ fn operations(add: &mut Add<'_>) {
     }
     add("prefetch", "two-streams", [[1_u8, 1, 1, 4, 1, 1, 200, 255, 255, 255].repeat(20)].concat());
     add("push_order", "all", (0..=255).collect());
+}
+
+fn malformed_frames(add: &mut Add<'_>) {
+    let hello = Hello::new(Role::Control, 0, SessionId([1; 16]), SessionSecret([2; 16])).encode();
+    for (name, at, value) in
+        [("magic", 0, 0), ("tls", 0, 22), ("version", 4, 9), ("role", 8, 9), ("page-size", 13, 1)]
+    {
+        let mut bad = hello;
+        (bad[at], bad[1]) = (value, if name == "tls" { 3 } else { bad[1] });
+        add("hello", &format!("bad-{name}"), bad.to_vec());
+    }
+    let frame = TaskRun { task: TaskId(5), run: run(7, 2) }.frame(Kind::Pages, 1, 2 * PAGE_SIZE);
+    for (name, at, value) in [
+        ("kind", 4, 99),
+        ("reserved", 6, 1),
+        ("length", 3, 0xff),
+        ("count", 20, 3),
+        ("no-pages", 20, 0),
+        ("address", 24, 1),
+    ] {
+        let mut bad = frame;
+        bad[at] = value;
+        add("frames", &format!("bad-{name}"), bad.to_vec());
+    }
+    let ack = &encode_ack(&[TaskRun { task: TaskId(5), run: run(7, 2) }])[HEADER_LEN..];
+    add("acknowledgement", "bad-count", [&[0xff; 4][..], &ack[4..]].concat());
+    add("acknowledgement", "bad-rest", [ack, &[0]].concat());
+    add("acknowledgement", "bad-end", ack[..19].to_vec());
+    let control = |kind: Kind, body: &[u8]| [&[kind as u8][..], body].concat();
+    let text = |bytes: &[u8]| [&u32::try_from(bytes.len()).expect("short").to_le_bytes()[..], bytes].concat();
+    add("control", "bad-text", control(Kind::Abort, &text(&[0xff; 8192])));
+    add("control", "bad-text-length", control(Kind::Abort, &[0, 0x21, 0, 0, 1]));
+    add("control", "bad-list-length", control(Kind::Verdict, &[0xff; 4]));
+    let empty = [&4000_u32.to_le_bytes()[..], &[0; 32_000]].concat();
+    add("control", "bad-list-of-nothing", control(Kind::Verdict, &empty));
+    for (name, file) in
+        [("parent", "../x.img"), ("root", "/etc/passwd"), ("hidden", ".x"), ("nul", "a\0b"), ("none", "")]
+    {
+        let body = [&text(file.as_bytes())[..], &[0; 20]].concat();
+        add("control", &format!("bad-image-name-{name}"), control(Kind::Image, &body));
+    }
+    for (name, size, offset) in [("size", u64::MAX, 0_u64), ("offset", 9, u64::MAX)] {
+        let body = [&text(b"a.img")[..], &size.to_le_bytes(), &offset.to_le_bytes(), &text(&[1])].concat();
+        add("control", &format!("bad-image-{name}"), control(Kind::Image, &body));
+    }
+}
+
+fn malformed_images(add: &mut Add<'_>) {
+    use images::ImageKind;
+    let one = |kind, record: &[u8]| build::frame(kind, [record.to_vec()]);
+    add("mm", "bad-empty-vmas", one(ImageKind::Mm, &[0x72, 0].repeat(2000)));
+    add("mm", "bad-vma-that-breaks-off", one(ImageKind::Mm, &[0x72, 5, 0]));
+    let ids = [&[0x08, 7, 0x10, 0, 0x18, 1, 0x20, 1, 0x2a, 0xe8, 7][..], &[1; 1000]].concat();
+    add("pstree", "bad-packed-threads", one(ImageKind::Pstree, &ids));
+    add("pstree", "bad-twice", build::frame(ImageKind::Pstree, vec![ids[..8].to_vec(); 2]));
+    add("inventory", "bad-run-id", one(ImageKind::Inventory, &[0x08, 2, 0x6a, 3, b'a', b'/', b'b']));
+    add("core", "bad-name", one(ImageKind::Core, &[0x08, 1, 0x1a, 8, 0x08, 1, 0x10, 0, 0x32, 2, 0xff, 0xfe]));
+    add("pagemap", "bad-record-length", [&pagemap(1, true)[..8], &[0xff; 8]].concat());
+    add("pagemap", "bad-version-one", pagemap(1, true)[4..].to_vec());
+    let entries = vec![entry(16, 1 << 51, PageFlags::LAZY, true)];
+    let huge = images::write_pagemap(&Pagemap { head: PagemapHead { pages_id: 1 }, entries });
+    add("pagemap", "bad-size", huge.clone());
+
+    // More lazy pages than a bitmap can be made for.
+    let vmas = vec![build::anonymous_vma(0x1_0000, !0xfff)];
+    let mm = images::write_mm(&MmEntry { vmas, ..MmEntry::default() });
+    let (inventory, core) = (images::write_inventory(&Inventory::default()), core(TaskState::Alive));
+    let files =
+        [(0, &inventory), (1, &pstree()), (2, &core), (3, &core), (4, &mm), (5, &mm), (6, &huge), (7, &huge)];
+    add("checkpoint", "bad-size", archive(&files));
+    let files = [(0, &inventory), (1, &pstree()), (2, &core), (3, &core), (4, &mm), (6, &pagemap(1, true))];
+    add("checkpoint", "bad-image-missing", archive(&files));
+}
+
+/// Files by number, as the target takes them.
+fn archive(files: &[(u8, &Vec<u8>)]) -> Vec<u8> {
+    let mut data = Vec::new();
+    for (number, image) in files {
+        data.push(*number);
+        data.extend(u16::try_from(image.len()).expect("a small image").to_le_bytes());
+        data.extend(*image);
+    }
+    data
 }

@@ -55,7 +55,7 @@ pub fn fuzz_page_server_answers(data: &[u8]) {
     let layout = if how % 2 == 0 { HeaderLayout::Compact } else { HeaderLayout::Wide };
     let mut questions = Vec::new();
     for _ in 0..how / 2 % 8 {
-        let Some(([page, pages], behind)) = rest.split_first_chunk() else { return };
+        let Some(([page, pages], behind)) = rest.split_first_chunk::<2>() else { return };
         let start = ImageAddr::containing(u64::from(*page) << 12);
         questions.extend(PageRun::new(start, u64::from(*pages)));
         rest = behind;

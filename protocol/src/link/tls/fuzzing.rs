@@ -70,7 +70,7 @@ enum Taken {
 fn seal(mut rest: &[u8]) -> (Vec<u8>, Vec<(usize, Taken)>) {
     let mut sealer = Sealer::new(algorithm(), secrets()).expect("a key");
     let (mut stream, mut sent) = (Vec::new(), Vec::new());
-    while let Some(([kind, length], behind)) = rest.split_first_chunk() {
+    while let Some(([kind, length], behind)) = rest.split_first_chunk::<2>() {
         let (payload, behind) = behind.split_at(usize::from(*length).min(behind.len()).min(PAYLOAD_MAX));
         rest = behind;
         let payload_of = OutboundChunks::Single(payload);
