@@ -4,6 +4,7 @@
 //! tree, run by run in address order, every lazy page has one index from 0. Page states are then plain
 //! bitmaps over that index, and neither side ever sends a map to the other.
 
+use crate::criu::limits::MAX_LAZY_PAGES;
 use crate::units::{ImageAddr, PageRun, TaskId};
 
 /// One lazy run and the index of its first page.
@@ -65,6 +66,9 @@ pub enum LazyMapError {
         /// Start of the offending run.
         at: ImageAddr,
     },
+    /// More pages than there can be.
+    #[error("task {0} brings the lazy pages to more than {MAX_LAZY_PAGES}; the images are damaged")]
+    TooManyPages(TaskId),
     /// A task appears twice.
     #[error("task {0} appears twice")]
     Twice(TaskId),
@@ -81,7 +85,8 @@ impl LazyMap {
     /// Numbers the runs of `tasks` in the order given.
     ///
     /// # Errors
-    /// [`LazyMapError`] if a task appears twice or its runs overlap or are unsorted.
+    /// [`LazyMapError`] if a task appears twice, its runs overlap or are unsorted, or the pages are more than
+    /// [`MAX_LAZY_PAGES`].
     pub fn new(tasks: impl IntoIterator<Item = (TaskId, Vec<PageRun>)>) -> Result<Self, LazyMapError> {
         let mut map = Self::default();
         for (id, runs) in tasks {
@@ -97,7 +102,11 @@ impl LazyMap {
                 }
                 end = run.end();
                 indexed.push(IndexedRun { run, first: map.pages });
-                map.pages += run.pages;
+                map.pages = map
+                    .pages
+                    .checked_add(run.pages)
+                    .filter(|pages| *pages <= MAX_LAZY_PAGES)
+                    .ok_or(LazyMapError::TooManyPages(id))?;
             }
             map.tasks.push(TaskMap { id, runs: indexed, first, pages: map.pages - first });
         }
@@ -161,6 +170,18 @@ mod tests {
             let (task, addr, _) = map.locate(index).unwrap();
             assert_eq!(map.task(task).unwrap().index_of(addr), Some(index));
         }
+    }
+
+    #[test]
+    fn refuses_more_pages_than_there_can_be() {
+        let map = |tasks: &[u64]| {
+            let ids = (1..).map(TaskId);
+            LazyMap::new(ids.zip(tasks.iter().map(|pages| vec![run(0, *pages)])))
+        };
+        assert_eq!(map(&[MAX_LAZY_PAGES - 1, 1]).unwrap().pages(), MAX_LAZY_PAGES);
+        assert_eq!(map(&[MAX_LAZY_PAGES, 1]).unwrap_err(), LazyMapError::TooManyPages(TaskId(2)));
+        // Together more than a number holds.
+        assert_eq!(map(&[(1 << 52) - 1; 4097]).unwrap_err(), LazyMapError::TooManyPages(TaskId(1)));
     }
 
     #[test]

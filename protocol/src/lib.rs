@@ -5,5 +5,6 @@ pub mod bitmap;
 pub mod criu;
 pub mod lazy_map;
 pub mod link;
+mod text;
 pub mod units;
 pub mod wire;

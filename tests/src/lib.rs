@@ -14,6 +14,7 @@
 //! - [`echo`]: a server with an established connection
 //! - [`stock`]: CRIU's own programs, as scripts use them; [`valve`]: a connection to a page server that stalls
 //! - [`processes`]: who is there, without touching anybody's memory
+//! - [`fuzz`]: hostile input for every decoder, without processes
 //!
 //! What does not come true panics with what the programs said. Nothing waits without a deadline.
 #![forbid(unsafe_code)]
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 
 pub mod accounts;
 pub mod echo;
+pub mod fuzz;
 pub mod gate;
 pub mod keys;
 pub mod moves;

@@ -18,6 +18,22 @@ pub const MAX_VMAS: usize = 1 << 20;
 /// Most entries of one pagemap: 128 GiB of memory with every other page dumped. About 512 MiB decoded.
 pub const MAX_PAGEMAP_ENTRIES: usize = 1 << 24;
 
+/// Most lazy pages of one tree: 4 TiB. Every page costs both sides some bits (128 MiB for each bitmap at the bound),
+/// while a pagemap claims any number of them in ten bytes.
+pub const MAX_LAZY_PAGES: u64 = 1 << 30;
+
+/// Most bytes of one `pstree` record: [`MAX_THREADS_PER_TASK`] of at most six bytes, and four pids. Checked before
+/// it is decoded, because a thread id takes four bytes decoded and may take one in the image.
+pub const MAX_PSTREE_RECORD_BYTES: usize = 6 * MAX_THREADS_PER_TASK + 24;
+
+/// Fewest bytes of a VMA in an image: tag, length, and seven required fields of at least two bytes. So the record's
+/// length bounds the memory, which is a hundred bytes for each VMA.
+pub const MIN_VMA_BYTES: usize = 16;
+
+/// Most memory that decoding an image takes for each of its bytes. The worst is a VMA of [`MIN_VMA_BYTES`], which is
+/// 120 bytes for a moment, three times that while the list of them grows, and 56 in the end.
+pub const MEMORY_PER_BYTE: usize = 26;
+
 /// Largest record in an image. The largest CRIU writes is the `mm` record: [`MAX_VMAS`] of at most 80 bytes.
 pub const MAX_RECORD_BYTES: usize = 128 << 20;
 

@@ -1,6 +1,7 @@
 //! Explicit little-endian layouts: nothing depends on padding or on the host's byte order.
 
 use super::limits;
+use crate::text;
 
 /// A message that cannot be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -106,12 +107,13 @@ impl<'a> Decoder<'a> {
         self.bytes(len, field)
     }
 
-    /// A length and as many bytes of text; invalid UTF-8 is replaced, not refused: it is only shown.
+    /// A length and as many bytes of text, at most [`limits::STRING_MAX`] bytes; invalid UTF-8 is replaced, not
+    /// refused: it is only shown.
     ///
     /// # Errors
     /// [`CodecError::Short`], [`CodecError::Bound`].
     pub fn string(&mut self, field: &'static str) -> Result<String, CodecError> {
-        Ok(String::from_utf8_lossy(self.blob(limits::STRING_MAX, field)?).into_owned())
+        Ok(text::lossy(self.blob(limits::STRING_MAX, field)?, limits::STRING_MAX))
     }
 
     /// A count (u32) and as many elements, at most [`limits::LIST_MAX`]. Nothing is reserved ahead, so a
@@ -182,9 +184,9 @@ impl Encoder {
         self.u32(len).bytes(&bytes[..len as usize])
     }
 
-    /// Length and text, cut to [`limits::STRING_MAX`] bytes.
+    /// Length and text, cut to [`limits::STRING_MAX`] bytes between two characters.
     pub fn string(&mut self, text: &str) -> &mut Self {
-        self.blob(&text.as_bytes()[..text.len().min(limits::STRING_MAX)])
+        self.blob(text::beginning(text, limits::STRING_MAX).as_bytes())
     }
 
     /// Count and elements, cut to [`limits::LIST_MAX`].
@@ -201,5 +203,32 @@ impl Encoder {
     #[must_use]
     pub fn finish(self) -> Vec<u8> {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decoded(bytes: &[u8]) -> String {
+        let mut body = Encoder::default();
+        body.blob(bytes);
+        Decoder::new(&body.finish()).string("text").unwrap()
+    }
+
+    #[test]
+    fn text_stays_within_its_bound_and_can_be_sent_on() {
+        let text = decoded(&vec![0xff; limits::STRING_MAX]);
+        assert!(text.len() <= limits::STRING_MAX, "{}", text.len());
+        assert_eq!(decoded(text.as_bytes()), text);
+    }
+
+    #[test]
+    fn text_is_cut_between_two_characters() {
+        let mut body = Encoder::default();
+        body.string(&format!("a{}", "é".repeat(limits::STRING_MAX)));
+        let text = Decoder::new(&body.finish()).string("text").unwrap();
+        assert_eq!(text.len(), limits::STRING_MAX - 1);
+        assert!(!text.contains('\u{fffd}'));
     }
 }

@@ -9,6 +9,10 @@ pub const VERSION_MAX: u16 = 1;
 
 /// Largest body of a control frame: a chunk of an image file and its name fit.
 pub const CONTROL_BODY_MAX: usize = 1 << 20;
+/// Most memory that decoding a message takes for each of its bytes. The worst is a list whose elements are two empty
+/// strings: 48 bytes of memory for 8 of message, and for a moment three times that while the list grows. So a control
+/// message costs its receiver at most 18 MiB.
+pub const MEMORY_PER_BYTE: usize = 18;
 /// Largest piece of an image file in one frame; leaves room for the name.
 pub const IMAGE_CHUNK_MAX: usize = 512 << 10;
 /// Longest image file name: `pagemap-shmem-4294967295.img` is 28.

@@ -6,6 +6,7 @@ mod push;
 mod window;
 
 pub use fault::serve_faults;
+pub use order::Order;
 pub use push::{Pace, acknowledgements, push};
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

@@ -4,19 +4,21 @@ use protocol::bitmap::Bitmap;
 
 /// The chunks that are still to be pushed.
 #[derive(Debug)]
-pub(super) struct Order {
+pub struct Order {
     done: Bitmap,
     at: u64,
     left: u64,
 }
 
 impl Order {
-    pub(super) fn new(chunks: u64) -> Self {
+    /// Nothing pushed yet of `chunks` chunks.
+    #[must_use]
+    pub fn new(chunks: u64) -> Self {
         Self { done: Bitmap::clear(chunks), at: 0, left: chunks }
     }
 
     /// The next chunk: `wanted` if it is still to be pushed, else the one behind the last, around the end.
-    pub(super) fn next(&mut self, wanted: Option<u64>) -> Option<u64> {
+    pub fn next(&mut self, wanted: Option<u64>) -> Option<u64> {
         if self.left == 0 {
             return None;
         }

@@ -61,7 +61,7 @@ pub struct CoreTask {
     pub state: TaskState,
     /// Exit status as `wait` gives it, of a dead task.
     pub exit_code: u32,
-    /// Name of the task for messages: at most 15 bytes, what is not UTF-8 replaced.
+    /// Name of the task for messages: from at most 15 bytes, what is not UTF-8 replaced.
     pub comm: String,
 }
 

@@ -3,7 +3,7 @@
 use super::error::DecodeError;
 use super::framing::{ImageKind, Records};
 use super::{aligned, fields, messages, parse, required};
-use crate::criu::limits::MAX_VMAS;
+use crate::criu::limits::{MAX_VMAS, MIN_VMA_BYTES};
 use crate::units::{ImageAddr, PageRun};
 
 const MM: &str = "mm_entry";
@@ -101,6 +101,9 @@ pub fn read_mm(image: &[u8]) -> Result<MmEntry, DecodeError> {
     fields::visit(MM, record, |number| count += usize::from(number == messages::MM_VMAS))?;
     if count > MAX_VMAS {
         return Err(DecodeError::TooMany { message: MM, what: "VMAs", limit: MAX_VMAS });
+    }
+    if record.len() < count * MIN_VMA_BYTES {
+        return Err(DecodeError::Malformed { message: VMA });
     }
     let raw: messages::MmEntry = parse(MM, record)?;
     Ok(MmEntry {
@@ -242,6 +245,14 @@ mod tests {
         let record = [0x72, 0].repeat(MAX_VMAS + 1);
         let error = read_mm(&frame(ImageKind::Mm, [record])).unwrap_err();
         assert!(matches!(error, DecodeError::TooMany { what: "VMAs", .. }));
+    }
+
+    #[test]
+    fn vmas_too_short_for_their_fields_are_refused_before_they_are_decoded() {
+        let error = read_mm(&frame(ImageKind::Mm, [[0x72, 0].repeat(MAX_VMAS)])).unwrap_err();
+        assert!(matches!(error, DecodeError::Malformed { message: VMA }));
+        let plain = anonymous_vma(0, 0x1000);
+        assert!(read_mm(&write_mm(&MmEntry { vmas: vec![plain], ..MmEntry::default() })).is_ok());
     }
 
     #[test]

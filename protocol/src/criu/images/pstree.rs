@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::error::DecodeError;
 use super::framing::{ImageKind, Records};
 use super::{messages, parse, required};
-use crate::criu::limits::{MAX_PID, MAX_TASKS, MAX_THREADS_PER_TASK};
+use crate::criu::limits::{MAX_PID, MAX_PSTREE_RECORD_BYTES, MAX_TASKS, MAX_THREADS_PER_TASK};
 use crate::units::TaskId;
 
 const MESSAGE: &str = "pstree_entry";
@@ -50,14 +50,18 @@ pub fn read_pstree(image: &[u8]) -> Result<Vec<PstreeEntry>, DecodeError> {
 }
 
 fn entry(record: &[u8]) -> Result<PstreeEntry, DecodeError> {
+    let limit = MAX_THREADS_PER_TASK;
+    let too_many = DecodeError::TooMany { message: MESSAGE, what: "threads", limit };
+    if record.len() > MAX_PSTREE_RECORD_BYTES {
+        return Err(too_many);
+    }
     let raw: messages::PstreeEntry = parse(MESSAGE, record)?;
     let pid = required(raw.pid, MESSAGE, "pid")?;
     if pid == 0 || pid > MAX_PID {
         return Err(DecodeError::Pid { message: MESSAGE, pid });
     }
-    if raw.threads.len() > MAX_THREADS_PER_TASK {
-        let limit = MAX_THREADS_PER_TASK;
-        return Err(DecodeError::TooMany { message: MESSAGE, what: "threads", limit });
+    if raw.threads.len() > limit {
+        return Err(too_many);
     }
     Ok(PstreeEntry {
         pid: TaskId(pid),
@@ -163,5 +167,13 @@ mod tests {
     fn too_many_threads_are_refused() {
         let entry = messages::PstreeEntry { threads: vec![1; MAX_THREADS_PER_TASK + 1], ..raw(1) };
         assert!(matches!(read(&[entry]), Err(DecodeError::TooMany { what: "threads", .. })));
+    }
+
+    #[test]
+    fn a_record_of_more_than_all_threads_is_refused_before_it_is_decoded() {
+        // Not even a message: it is refused as too long, not as malformed.
+        let record = vec![0xff; MAX_PSTREE_RECORD_BYTES + 1];
+        let error = read_pstree(&frame(ImageKind::Pstree, [record])).unwrap_err();
+        assert!(matches!(error, DecodeError::TooMany { what: "threads", .. }));
     }
 }

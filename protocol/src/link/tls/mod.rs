@@ -12,6 +12,7 @@
 //! [`TlsStream::has_buffered`] first, or has drained the stream before: [`TlsStream::receive_some`] hands out
 //! everything there is, as far as the buffer reaches.
 
+pub mod fuzzing;
 mod handshake;
 mod record;
 

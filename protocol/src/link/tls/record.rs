@@ -90,7 +90,8 @@ impl Sealer {
         Ok(bytes)
     }
 
-    fn seal_as(&mut self, typ: ContentType, payload: OutboundChunks<'_>) -> io::Result<Vec<u8>> {
+    /// The bytes of a record of this type.
+    pub(super) fn seal_as(&mut self, typ: ContentType, payload: OutboundChunks<'_>) -> io::Result<Vec<u8>> {
         let plain = OutboundPlainMessage { typ, version: ProtocolVersion::TLSv1_2, payload };
         let sealed = self.encrypter.encrypt(plain, self.sequence).map_err(library)?;
         self.sequence += 1;
