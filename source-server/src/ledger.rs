@@ -90,17 +90,15 @@ impl Ledger {
             return Vec::new();
         }
         let end = first + pages;
-        let fresh = self.acknowledged.set_range(first, end);
-        self.missing -= fresh;
         self.sent.set_range(first, end);
-        if fresh == 0 {
-            return Vec::new();
-        }
         let chunks = first / self.chunk_pages..=(end - 1) / self.chunk_pages;
         chunks
             .filter(|chunk| {
                 let pages = self.chunk(*chunk);
-                self.acknowledged.count_range(pages.start, pages.end) == pages.end - pages.start
+                let fresh = self.acknowledged.set_range(pages.start.max(first), pages.end.min(end));
+                self.missing -= fresh;
+                // One that was complete before is no news, whatever else was acknowledged with it.
+                fresh > 0 && self.acknowledged.count_range(pages.start, pages.end) == pages.end - pages.start
             })
             .collect()
     }
@@ -148,6 +146,8 @@ mod tests {
         assert_eq!(ledger.acknowledge(3, 6), [0, 1]);
         assert!(ledger.acknowledge(0, 4).is_empty(), "acknowledged before");
         assert_eq!(ledger.missing(), 3);
+        assert!(ledger.acknowledge(6, 4).is_empty(), "one page of the next, behind two of a complete chunk");
+        assert_eq!(ledger.missing(), 2);
         assert_eq!(ledger.acknowledge(9, 3), [2]);
         assert_eq!(ledger.missing(), 0);
     }
