@@ -114,7 +114,7 @@ pub(super) const FILES: [&str; 12] = [
 /// Largest file: the pages of an input that is as long as any.
 const FILE_MAX: usize = 64 << 10;
 
-/// An image directory and its parent: files by number, u16 length, bytes. Number [`FILES`]`.len()` is a run of pages
+/// An image directory and its parent: files by number, u16 length, bytes. The number behind the last is a run of pages
 /// instead: which file (u8) and how many (u8), so that whole pages need not be in the input. Built into a lazy map as
 /// both sides of a move do, and read as `uffd-daemon lazy-pages` does.
 ///
