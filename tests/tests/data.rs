@@ -84,20 +84,30 @@ fn a_slow_push_leaves_the_faults_to_the_demand_lane() {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn a_thread_whose_stack_pointer_stays_page_aligned() {
-    let Some(site) = Site::new() else { return };
-    let options = Options { aligned_stack: true, ..stamps::small(&site, 32) };
-    let mut stamp = Stamp::start(&options);
-    let ended = Plan::new().run(&site, stamp.pid());
-    ended.assert_arrived(Memory::Steady);
-    let said = ended.source.said();
-    // CRIU cannot be sent away any more once it has touched the process, as it may on a busy machine.
-    assert!((1..8).contains(&said.matches("trying again").count()), "{said}");
-    assert_eq!(said.matches("copies all memory before it resumes").count(), 1, "{said}");
-    assert_eq!(ended.destination.report().pages.lazy, 0);
-    stamp.mark_moved();
-    stamp.assert_unharmed();
-    stamp.quit();
-    site.assert_clean(&[]);
+    // CRIU cannot be sent away any more once it has touched the process, as it may have on a busy machine whenever
+    // it is looked at; but not every time.
+    const MOVES: usize = 8;
+    let mut tried_again = 0;
+    for _ in 0..MOVES {
+        let Some(site) = Site::new() else { return };
+        let options = Options { aligned_stack: true, ..stamps::small(&site, 32) };
+        let mut stamp = Stamp::start(&options);
+        let ended = Plan::new().run(&site, stamp.pid());
+        ended.assert_arrived(Memory::Steady);
+        let said = ended.source.said();
+        tried_again = said.matches("trying again").count();
+        assert!(tried_again < 8, "{said}");
+        assert_eq!(said.matches("copies all memory before it resumes").count(), 1, "{said}");
+        assert_eq!(ended.destination.report().pages.lazy, 0);
+        stamp.mark_moved();
+        stamp.assert_unharmed();
+        stamp.quit();
+        site.assert_clean(&[]);
+        if tried_again > 0 {
+            break;
+        }
+    }
+    assert!(tried_again > 0, "CRIU was not sent away in {MOVES} moves");
 }
 
 #[test]
