@@ -95,14 +95,15 @@ fn answer(
         // sending ahead.
         let kind = if ahead { Kind::Declined } else { Kind::Settled };
         let head = request.what.frame(kind, request.id, 0);
-        lane.send_all(&head, more).map_err(broken)?;
         lanes.fault_bytes.fetch_add(head.len() as u64, Ordering::Relaxed);
+        lane.send_all(&head, more).map_err(broken)?;
         return Ok(());
     };
     let data = &page[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
     let head = TaskRun { task, run }.frame(Kind::Pages, request.id, data.len());
-    lane.send_both(&head, data, more).map_err(broken)?;
+    // Before they are sent: the move may be over, and reported, as soon as they have arrived.
     lanes.fault_bytes.fetch_add((head.len() + data.len()) as u64, Ordering::Relaxed);
+    lane.send_both(&head, data, more).map_err(broken)?;
     if ahead || lanes.ledger().sent(first, pages) {
         // A page that is on its way already says that the push is near.
         lanes.want(first + pages);

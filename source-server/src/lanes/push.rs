@@ -93,11 +93,14 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         if runs.is_empty() {
             continue;
         }
-        lanes.store.send(&mut scratch, &runs, id, lane)?;
-        id += runs.len() as u64;
         let pages: u64 = runs.iter().map(|run| run.what.run.pages).sum();
         let bytes = pages_to_bytes(pages) + (runs.len() * RUN_HEADER_LEN) as u64;
+        // Before they are sent: the move may be over, and reported, as soon as the last of them has arrived.
         lanes.push_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if !lanes.store.send(&mut scratch, &runs, id, lane)? {
+            lanes.push_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        id += runs.len() as u64;
         throttle.spent(bytes, &lanes.stop);
         window.follow(lane);
     }
