@@ -93,7 +93,11 @@ impl Criu {
             .stdin(Stdio::null())
             .output()
             .map_err(|source| CriuError::Start { path: path.clone(), source })?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Self::saying(path, &String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// The CRIU at `path`, by what its `--version` prints.
+    fn saying(path: PathBuf, text: &str) -> Result<Self, CriuError> {
         let bad = |version: &str| CriuError::Version { path: path.clone(), version: version.to_owned() };
         let version = text
             .lines()
@@ -228,32 +232,29 @@ pub fn complaint(log: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
-    fn fake(dir: &Path, says: &str) -> PathBuf {
-        let path = dir.join("criu");
-        std::fs::write(&path, format!("#!/bin/sh\nprintf '{says}'\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        path
+    // What a program prints, not a script that prints it: one just written is "busy" as long as a child that another
+    // test's thread forked meanwhile has its descriptor.
+    fn saying(text: &str) -> Result<Criu, CriuError> {
+        Criu::saying(PathBuf::from("criu"), text)
     }
 
     #[test]
     fn layout_follows_the_version() {
-        let dir = tempfile::tempdir().unwrap();
-        let old = Criu::find(Some(&fake(dir.path(), "Version: 4.1.1\\nGitID: v4.1.1\\n"))).unwrap();
+        let old = saying("Version: 4.1.1\nGitID: v4.1.1\n").unwrap();
         assert_eq!((old.version.as_str(), old.layout), ("4.1.1", HeaderLayout::Compact));
-        let new = Criu::find(Some(&fake(dir.path(), "Version: 4.2\\n"))).unwrap();
+        let new = saying("Version: 4.2\n").unwrap();
         assert_eq!(new.layout, HeaderLayout::Wide);
     }
 
     #[test]
     fn old_and_odd_versions_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        for says in ["Version: 3.17.1\\n", "Version: x\\n", "hello\\n"] {
-            let found = Criu::find(Some(&fake(dir.path(), says)));
-            assert!(matches!(found, Err(CriuError::Version { .. })), "{says}");
+        for text in ["Version: 3.17.1\n", "Version: x\n", "hello\n", ""] {
+            assert!(matches!(saying(text), Err(CriuError::Version { .. })), "{text}");
         }
-        assert!(matches!(Criu::find(Some(Path::new("/nonexistent"))), Err(CriuError::Start { .. })));
+        let program = |path: &str| Criu::find(Some(Path::new(path)));
+        assert!(matches!(program("/nonexistent"), Err(CriuError::Start { .. })));
+        assert!(matches!(program("/bin/true"), Err(CriuError::Version { .. })));
     }
 
     #[test]
