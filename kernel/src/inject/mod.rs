@@ -1,0 +1,97 @@
+//! A userfaultfd out of another process, which does not notice.
+//!
+//! The kernel makes a userfaultfd for the memory of the process that asks. So the process is made to ask: all of its
+//! threads are stopped, the main one runs `userfaultfd` and `close` through a `syscall` instruction of the vDSO,
+//! and in between the descriptor is taken out with `pidfd_getfd`. All threads stand still because a `fork` would
+//! hand the descriptor on.
+//!
+//! ```text
+//! caller ── fork ──▶ operator ── seize, interrupt ──▶ threads
+//!    │                  │ userfaultfd(2), pidfd_getfd(2), close(2), registers back, detach
+//!    ◀── uffd, times ───┘
+//! ```
+//!
+//! What the process keeps of it: nothing. No code, memory or stack of it is changed; a system call that was
+//! interrupted starts again, also those that report `EINTR` to a process that is stopped and continued
+//! (`epoll_wait` and others, their timeout then starts anew). Extended registers are not touched: between two stops
+//! the thread runs one `syscall` instruction, and the kernel keeps them.
+//!
+//! The work is done by a child of the caller in a session of its own. If the caller is killed in the middle, the
+//! operator finishes; with it goes the last copy of the descriptor, and the process is as before. Only who kills
+//! the operator itself within the tenth of a millisecond between the first and the last changed register breaks
+//! the process.
+
+#[cfg(target_arch = "x86_64")]
+mod operator;
+#[cfg(target_arch = "x86_64")]
+mod ptrace;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+/// Whether this architecture is one it is made for.
+pub const IS_SUPPORTED: bool = cfg!(target_arch = "x86_64");
+/// How long the threads may take to stand. A thread in an uninterruptible wait (`vfork`, a disk) does not stop, and the
+/// others wait for it.
+pub const STOP_PATIENCE: Duration = Duration::from_millis(50);
+/// How long the operator may take for everything.
+#[cfg(target_arch = "x86_64")]
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A userfaultfd of another process.
+#[derive(Debug)]
+pub struct Taken {
+    /// Fresh: nothing is negotiated yet.
+    pub fd: OwnedFd,
+    /// From the first interrupt until all threads ran again.
+    pub stopped: Duration,
+    /// Threads that were stopped.
+    pub threads: u32,
+}
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error)]
+pub enum InjectError {
+    /// The process is gone.
+    #[error("the process is gone")]
+    Gone,
+    /// Somebody traces it already.
+    #[error("the process is traced already")]
+    Traced,
+    /// A thread did not stop in time; everything is as before, and it may be tried again.
+    #[error("a thread did not stop within {STOP_PATIENCE:?}")]
+    Busy,
+    /// It cannot be done with this process, or here.
+    #[error("{0}")]
+    Unsupported(&'static str),
+    /// The process may not have a userfaultfd.
+    #[error("the process's userfaultfd call: {0}")]
+    Refused(io::Error),
+    /// Any other errno.
+    #[error("{what}: {source}")]
+    Failed {
+        /// What was being done.
+        what: &'static str,
+        /// The errno.
+        source: io::Error,
+    },
+}
+
+/// Has process `pid` make a userfaultfd (`O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY`) and takes it.
+///
+/// # Errors
+/// [`InjectError`]; the process is as before.
+#[cfg(target_arch = "x86_64")]
+pub fn userfaultfd_of(pid: u32) -> Result<Taken, InjectError> {
+    operator::userfaultfd_of(pid)
+}
+
+/// Not on this architecture.
+///
+/// # Errors
+/// [`InjectError::Unsupported`].
+#[cfg(not(target_arch = "x86_64"))]
+pub fn userfaultfd_of(_pid: u32) -> Result<Taken, InjectError> {
+    Err(InjectError::Unsupported("system calls are injected on x86-64 only"))
+}
