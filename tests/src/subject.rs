@@ -118,11 +118,11 @@ fn wait_in(call: &str) -> anyhow::Result<String> {
             let (told, thread) = (Arc::new(AtomicBool::new(false)), std::thread::current());
             let teller = Arc::clone(&told);
             std::thread::spawn(move || {
-                let _ = io::stdin().read(&mut [0]);
+                println!("ready");
+                let _ = nix::unistd::read(io::stdin().as_fd(), &mut [0]);
                 teller.store(true, Relaxed);
                 thread.unpark();
             });
-            ready();
             while !told.load(Relaxed) {
                 std::thread::park();
             }
@@ -131,10 +131,10 @@ fn wait_in(call: &str) -> anyhow::Result<String> {
         "spin" => {
             static STOP: AtomicBool = AtomicBool::new(false);
             std::thread::spawn(|| {
-                let _ = io::stdin().read(&mut [0]);
+                println!("ready");
+                let _ = nix::unistd::read(io::stdin().as_fd(), &mut [0]);
                 STOP.store(true, Relaxed);
             });
-            ready();
             if spin(&STOP) { "kept".into() } else { "lost".into() }
         }
         other => bail!("unknown call {other:?}"),
@@ -159,7 +159,7 @@ fn outcome<T: std::fmt::Display>(result: nix::Result<T>) -> String {
 }
 
 /// Obeys orders about memory, a line each: `map PAGES`, `huge PAGES`, `write REGION PAGE…`, `read REGION PAGE…`,
-/// `drop REGION FROM TO`, `move REGION`, `grow REGION PAGES`, `unmap REGION`. Answers each with the address of the region.
+/// `drop REGION FROM TO`, `move REGION`, `grow REGION PAGES`, `unmap REGION`. A new region gets the lowest free number. Answers each with the address of the region.
 fn obey() -> anyhow::Result<()> {
     let mut regions: BTreeMap<usize, Region> = BTreeMap::new();
     println!("ready");
@@ -168,7 +168,7 @@ fn obey() -> anyhow::Result<()> {
         let (order, rest) = line.split_once(' ').context("an order")?;
         let numbers = rest.split(' ').map(str::parse).collect::<Result<Vec<usize>, _>>()?;
         let index = match order {
-            "map" | "huge" => regions.len(),
+            "map" | "huge" => (0..).find(|index| !regions.contains_key(index)).unwrap_or(0),
             _ => numbers[0],
         };
         if matches!(order, "map" | "huge") {
@@ -244,10 +244,14 @@ impl Subject {
         self.child.id()
     }
 
-    /// Waits until it sleeps in its call.
-    pub fn wait_asleep(&self) {
+    /// Waits until it sleeps in its call, and every other thread of it, too.
+    pub fn wait_asleep(&self, call: &str) {
+        let pid = self.pid();
         eventually("the subject in its call", STEP, || {
-            (processes::Entry::of(self.pid())?.state == 'S').then_some(())
+            let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+            let mut threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+            let sleeps = |tid| matches!(source_server::process::thread_state(pid, tid), Ok('S'));
+            threads.all(|tid: u32| sleeps(tid) || (call == "spin" && tid == pid)).then_some(())
         });
     }
 

@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use experiments::stamp::Options;
 use kernel::inject::userfaultfd_of;
 use nix::sys::signal::Signal;
 use protocol::units::PAGE_BYTES;
-use source_server::process::ProcessTree;
+use source_server::process::{ProcessTree, thread_state};
 use source_server::track::choice::choose;
 use source_server::track::content::Content;
 use source_server::track::{Method, Pass, Round, Tracker};
@@ -55,9 +56,7 @@ fn a_call_that_is_interrupted_goes_on_and_nothing_is_left() {
     for (call, wanted) in CALLS {
         for user in [None, Some(65534)] {
             let subject = Subject::start(&[call], user);
-            if call != "spin" {
-                subject.wait_asleep();
-            }
+            subject.wait_asleep(call);
             let before = Appearance::of(subject.pid());
             for _ in 0..10 {
                 let taken = userfaultfd_of(subject.pid()).unwrap_or_else(|error| panic!("{call}: {error}"));
@@ -77,7 +76,7 @@ fn a_stopped_task_stays_stopped_and_goes_on_when_it_is_told_to() {
     let mut subject = Subject::start(&["memory"], None);
     let start = subject.order("map 64");
     subject.order("write 0 1 2 3");
-    subject.wait_asleep();
+    subject.wait_asleep("memory");
     processes::signal(subject.pid(), Signal::SIGSTOP);
     let stopped = |pid| processes::Entry::of(pid).is_some_and(|entry| entry.state == 'T');
     eventually("the stop", STEP, || stopped(subject.pid()).then_some(()));
@@ -150,7 +149,7 @@ fn a_disarmed_task_is_as_it_was() {
     subject.order("map 4096");
     subject.order("huge 4096");
     subject.order("write 1 5");
-    subject.wait_asleep();
+    subject.wait_asleep("memory");
     let before = Appearance::of(subject.pid());
     let tree = tree(subject.pid());
     let pages = pages_there(subject.pid());
@@ -192,13 +191,33 @@ fn another_program_starts_again() {
     assert!(tracker.scan(&tree, Pass::Round).tasks.is_empty());
 }
 
+/// Stops a tree as a whole, with what it forks meanwhile.
+fn stop(root: u32) -> ProcessTree {
+    eventually("the tree stopped", STEP, || {
+        let tree = ProcessTree::of(root).ok()?;
+        for task in tree.tasks.iter().filter(|task| !processes::has_ended(task.pid)) {
+            let _ = task.handle.signal(Signal::SIGSTOP as i32);
+        }
+        let stands = |pid: u32| {
+            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            let mut threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+            threads.all(|tid: u32| matches!(thread_state(pid, tid), Err(_) | Ok('T' | 'Z' | 'X')))
+        };
+        let all = tree.tasks.iter().all(|task| stands(task.pid));
+        let pids = |tree: &ProcessTree| tree.tasks.iter().map(|task| task.pid).collect::<BTreeSet<_>>();
+        let again = ProcessTree::of(root).ok()?;
+        (all && pids(&tree) == pids(&again)).then_some(again)
+    })
+}
+
 /// Rounds over a workload that writes, maps, unmaps, moves, drops and forks all the time.
-fn churn(site: &Site, tracker: &mut dyn Tracker, rounds: u32) -> Vec<Duration> {
-    let options = experiments::stamp::Options {
+fn churn(site: &Site, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Duration> {
+    let options = Options {
         mib: 48,
-        threads: 4,
+        threads: 3,
         churn: true,
         fork: true,
+        tree: processes,
         ..stamps::options(site, "stamp")
     };
     let mut stamp = Stamp::start(&options);
@@ -211,21 +230,13 @@ fn churn(site: &Site, tracker: &mut dyn Tracker, rounds: u32) -> Vec<Duration> {
         stops.extend(round.stops);
         stamp.wait_ops(1000);
     }
-    processes::signal(stamp.pid(), Signal::SIGSTOP);
-    eventually("the stop", STEP, || {
-        let threads = std::fs::read_dir(format!("/proc/{}/task", stamp.pid())).ok()?.flatten();
-        let states = threads.map(|thread| {
-            source_server::process::thread_state(stamp.pid(), thread.file_name().to_str()?.parse().ok()?).ok()
-        });
-        states.map(|state| state.is_some_and(|state| state == 'T')).all(|stopped| stopped).then_some(())
-    });
-    let mut frozen = tree(stamp.pid());
-    // A child of the moment runs on, and is no part of what is compared.
-    frozen.tasks.truncate(1);
+    let frozen = stop(stamp.pid());
     let (clean, last) = shadow.check(tracker, &frozen);
     println!("{}: rounds {pages:?}, last {} written, {clean} clean", tracker.method(), last.pages());
     assert!(clean > 0, "everything was written: nothing was compared");
-    processes::signal(stamp.pid(), Signal::SIGCONT);
+    for task in &frozen.tasks {
+        let _ = task.handle.signal(Signal::SIGCONT as i32);
+    }
     stamp.assert_unharmed();
     stamp.quit();
     stops
@@ -236,7 +247,8 @@ fn no_written_page_is_missing_by_write_protection() {
     let Some(site) = Site::new() else { return };
     let Some(mut tracker) = write_protect() else { return };
     let rounds = if tests::long() { 100 } else { 8 };
-    let mut stops = churn(&site, tracker.as_mut(), rounds);
+    let mut stops = churn(&site, tracker.as_mut(), 1, rounds);
+    stops.extend(churn(&site, choose().0.as_mut(), 3, rounds));
     stops.sort();
     println!("stops: {} of them, median {:?}, most {:?}", stops.len(), stops[stops.len() / 2], stops.last());
 }
@@ -244,7 +256,7 @@ fn no_written_page_is_missing_by_write_protection() {
 #[test]
 fn no_written_page_is_missing_by_content() {
     let Some(site) = Site::new() else { return };
-    churn(&site, &mut Content::default(), 4);
+    churn(&site, &mut Content::default(), 2, 4);
 }
 
 #[test]
@@ -253,7 +265,7 @@ fn a_tracker_that_is_killed_leaves_nothing_behind() {
     if write_protect().is_none() {
         return;
     }
-    let options = experiments::stamp::Options { churn: true, ..stamps::small(&site, 16) };
+    let options = Options { churn: true, ..stamps::small(&site, 16) };
     let mut stamp = Stamp::start(&options);
     let pid = stamp.pid();
     let tries: u64 = if tests::long() { 500 } else { 60 };
