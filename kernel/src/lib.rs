@@ -11,6 +11,7 @@
 //! - [`fds`]: descriptors over a unix socket
 //! - [`poll`]: wait for a set that keeps its memory
 //! - [`sched`]: how soon a thread gets the processor
+//! - [`rseq`]: a thread in a restartable sequence
 //! - [`seccomp`]: a filter that a test workload gives itself
 //! - [`spawn`]: what a child needs between `fork` and `exec`
 //! - [`stack`]: a thread with its stack pointer, or its registers, as a test wants them
@@ -26,6 +27,7 @@ pub mod inject;
 pub mod pagemap;
 pub mod pidfd;
 pub mod poll;
+pub mod rseq;
 pub mod sched;
 pub mod seccomp;
 pub mod spawn;

@@ -13,10 +13,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use kernel::arena::{Region, Target};
+use kernel::write_protect::WriteTracker;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::time::{ClockId, ClockNanosleepFlags, clock_nanosleep};
+
+use protocol::units::PAGE_SIZE;
 
 use crate::{STEP, eventually, processes, programs};
 
@@ -24,7 +27,7 @@ use crate::{STEP, eventually, processes, programs};
 pub const WAIT: Duration = Duration::from_millis(700);
 
 /// The calls that a subject can wait in, and what it has to say of each in the end.
-pub const CALLS: [(&str, &str); 10] = [
+pub const CALLS: [(&str, &str); 11] = [
     ("read", "1"),
     ("poll", "1"),
     ("epoll", "1"),
@@ -34,6 +37,7 @@ pub const CALLS: [(&str, &str); 10] = [
     ("pause", "EINTR"),
     ("park", "unparked"),
     ("spin", "kept"),
+    ("sequence", "Kept"),
     ("seccomp", "1"),
 ];
 
@@ -128,14 +132,18 @@ fn wait_in(call: &str) -> anyhow::Result<String> {
             }
             "unparked".into()
         }
-        "spin" => {
+        "spin" | "sequence" => {
             static STOP: AtomicBool = AtomicBool::new(false);
             std::thread::spawn(|| {
                 println!("ready");
                 let _ = nix::unistd::read(io::stdin().as_fd(), &mut [0]);
                 STOP.store(true, Relaxed);
             });
-            if spin(&STOP) { "kept".into() } else { "lost".into() }
+            match call {
+                "sequence" => format!("{:?}", kernel::rseq::spin_in_sequence(&STOP)),
+                _ if spin(&STOP) => "kept".into(),
+                _ => "lost".into(),
+            }
         }
         other => bail!("unknown call {other:?}"),
     })
@@ -159,9 +167,10 @@ fn outcome<T: std::fmt::Display>(result: nix::Result<T>) -> String {
 }
 
 /// Obeys orders about memory, a line each: `map PAGES`, `huge PAGES`, `write REGION PAGE…`, `read REGION PAGE…`,
-/// `drop REGION FROM TO`, `move REGION`, `grow REGION PAGES`, `unmap REGION`. A new region gets the lowest free number. Answers each with the address of the region.
+/// `claim REGION` (for a userfaultfd of its own), `drop REGION FROM TO`, `move REGION`, `grow REGION PAGES`, `unmap REGION`. A new region gets the lowest free number. Answers each with the address of the region.
 fn obey() -> anyhow::Result<()> {
     let mut regions: BTreeMap<usize, Region> = BTreeMap::new();
+    let mut claims = Vec::new();
     println!("ready");
     for line in io::stdin().lines() {
         let line = line?;
@@ -187,6 +196,11 @@ fn obey() -> anyhow::Result<()> {
             "read" => numbers[1..].iter().for_each(|&page| {
                 let _ = std::hint::black_box(region.page(page)[3].load(Relaxed));
             }),
+            "claim" => {
+                let claim = WriteTracker::of_self()?;
+                claim.register(address as u64, (region.pages() * PAGE_SIZE) as u64)?;
+                claims.push(claim);
+            }
             "drop" => region.discard(numbers[1]..numbers[2])?,
             "move" => region.relocate(Target::Anywhere)?,
             "grow" => region.resize(numbers[1])?,
@@ -251,7 +265,9 @@ impl Subject {
             let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
             let mut threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
             let sleeps = |tid| matches!(source_server::process::thread_state(pid, tid), Ok('S'));
-            threads.all(|tid: u32| sleeps(tid) || (call == "spin" && tid == pid)).then_some(())
+            threads
+                .all(|tid: u32| sleeps(tid) || (matches!(call, "spin" | "sequence") && tid == pid))
+                .then_some(())
         });
     }
 

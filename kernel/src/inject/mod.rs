@@ -1,13 +1,13 @@
 //! A userfaultfd out of another process, which does not notice.
 //!
-//! The kernel makes a userfaultfd for the memory of the process that asks. So the process is made to ask: all of its
-//! threads are stopped, the main one runs `userfaultfd` and `close` through a `syscall` instruction of the vDSO,
-//! and in between the descriptor is taken out with `pidfd_getfd`. All threads stand still because a `fork` would
-//! hand the descriptor on.
+//! The kernel makes a userfaultfd for the memory of the process that asks. So the process is made to ask: its main
+//! thread is stopped and runs `userfaultfd` and `close` through a `syscall` instruction of the vDSO, and in
+//! between the descriptor is taken out with `pidfd_getfd`. Threads that fork meanwhile hand a copy on; it is
+//! closed in the child. Threads that sleep are not disturbed.
 //!
 //! ```text
-//! caller ── fork ──▶ operator ── seize, interrupt ──▶ threads
-//!    │                  │ userfaultfd(2), pidfd_getfd(2), close(2), registers back, detach
+//! caller ── fork ──▶ operator ── seize ──▶ threads
+//!    │                  │ main thread: userfaultfd(2), pidfd_getfd(2), close(2), registers back, detach
 //!    ◀── uffd, times ───┘
 //! ```
 //!
@@ -22,6 +22,8 @@
 //! the process.
 
 #[cfg(target_arch = "x86_64")]
+mod operation;
+#[cfg(target_arch = "x86_64")]
 mod operator;
 #[cfg(target_arch = "x86_64")]
 mod ptrace;
@@ -32,8 +34,7 @@ use std::time::Duration;
 
 /// Whether this architecture is one it is made for.
 pub const IS_SUPPORTED: bool = cfg!(target_arch = "x86_64");
-/// How long the threads may take to stand. A thread in an uninterruptible wait (`vfork`, a disk) does not stop, and the
-/// others wait for it.
+/// How long the main thread may take to stop. In an uninterruptible wait (`vfork`, a disk) it does not.
 pub const STOP_PATIENCE: Duration = Duration::from_millis(50);
 /// How long the operator may take for everything.
 #[cfg(target_arch = "x86_64")]
@@ -44,10 +45,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Taken {
     /// Fresh: nothing is negotiated yet.
     pub fd: OwnedFd,
-    /// From the first interrupt until all threads ran again.
+    /// How long the main thread was stopped at most: from the request on until it ran again. No other one stood longer than
+    /// it takes to look at it.
     pub stopped: Duration,
-    /// Threads that were stopped.
+    /// Threads that were stopped at all.
     pub threads: u32,
+    /// Copies of the descriptor that had to be closed in children.
+    pub copies: u32,
 }
 
 /// Why there is none.
@@ -59,8 +63,8 @@ pub enum InjectError {
     /// Somebody traces it already.
     #[error("the process is traced already")]
     Traced,
-    /// A thread did not stop in time; everything is as before, and it may be tried again.
-    #[error("a thread did not stop within {STOP_PATIENCE:?}")]
+    /// The main thread did not stop in time; everything is as before, and it may be tried again.
+    #[error("its main thread did not stop within {STOP_PATIENCE:?}")]
     Busy,
     /// It cannot be done with this process, or here.
     #[error("{0}")]

@@ -81,10 +81,10 @@ pub(super) fn errno(number: c_int) -> io::Error {
 }
 
 impl Tracee {
-    /// Begins to trace a thread; it runs on.
-    pub(super) fn seize(tid: pid_t) -> io::Result<Self> {
+    /// Begins to trace a thread, with `PTRACE_O_*`; it runs on.
+    pub(super) fn seize(tid: pid_t, options: c_int) -> io::Result<Self> {
         let tracee = Self(tid);
-        tracee.request(libc::PTRACE_SEIZE as _, 0, 0)?;
+        tracee.request(libc::PTRACE_SEIZE as _, 0, usize::try_from(options).unwrap_or(0))?;
         Ok(tracee)
     }
 
@@ -173,25 +173,26 @@ impl Tracee {
         (ip.wrapping_sub(start) < length).then_some(abort)
     }
 
+    /// Whether its descriptor `there` is the same open file as `here` in the caller.
+    pub(super) fn has_open(self, there: u64, here: c_int) -> bool {
+        const KCMP_FILE: c_int = 0;
+        // SAFETY: kcmp takes integers only.
+        unsafe { libc::syscall(libc::SYS_kcmp, libc::getpid(), self.0, KCMP_FILE, here, there) == 0 }
+    }
+
+    /// Waits until any thread that the caller traces stands still, or has ended. As [`Tracee::wait`].
+    pub(super) fn wait_any(deadline: Instant) -> io::Result<(Self, Stop)> {
+        wait_for(-1, Some(deadline)).map(|(tid, status)| (Self(tid), decode(status)))
+    }
+
     /// Waits until the thread stands still. `SIGCHLD` has to be blocked in the caller.
     ///
     /// `TimedOut` behind the deadline.
     pub(super) fn wait(self, deadline: Option<Instant>) -> io::Result<Stop> {
-        loop {
-            let mut status = 0;
-            // SAFETY: `status` is a live int that the kernel fills.
-            match unsafe { libc::waitpid(self.0, &raw mut status, libc::__WALL | libc::WNOHANG) } {
-                0 => wait_for_child(deadline)?,
-                -1 => {
-                    let error = io::Error::last_os_error();
-                    match error.raw_os_error() {
-                        Some(libc::EINTR) => {}
-                        Some(libc::ECHILD) => return Ok(Stop::Ended),
-                        _ => return Err(error),
-                    }
-                }
-                _ => return Ok(decode(status)),
-            }
+        match wait_for(self.0, deadline) {
+            Ok((_, status)) => Ok(decode(status)),
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(Stop::Ended),
+            Err(error) => Err(error),
         }
     }
 
@@ -200,6 +201,24 @@ impl Tracee {
         // a live struct of the size that the request or `address` names, exclusively borrowed if the kernel fills it.
         let result = unsafe { libc::ptrace(request as _, self.0, address, data) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// `waitpid` with a deadline: which thread, and its status.
+fn wait_for(tid: pid_t, deadline: Option<Instant>) -> io::Result<(pid_t, c_int)> {
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is a live int that the kernel fills.
+        match unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) } {
+            0 => wait_for_child(deadline)?,
+            -1 => {
+                let error = io::Error::last_os_error();
+                if error.raw_os_error() != Some(libc::EINTR) {
+                    return Err(error);
+                }
+            }
+            tid => return Ok((tid, status)),
+        }
     }
 }
 
