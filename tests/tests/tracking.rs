@@ -11,7 +11,7 @@ use protocol::units::PAGE_BYTES;
 use source_server::process::{ProcessTree, thread_state};
 use source_server::track::choice::choose;
 use source_server::track::content::Content;
-use source_server::track::{Method, Pass, Round, Tracker};
+use source_server::track::{Method, Pass, Round, Stop, Tracker};
 use tests::shadow::{Shadow, pages_there};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
@@ -60,7 +60,7 @@ fn a_call_that_is_interrupted_goes_on_and_nothing_is_left() {
             let before = Appearance::of(subject.pid());
             for _ in 0..10 {
                 let taken = userfaultfd_of(subject.pid()).unwrap_or_else(|error| panic!("{call}: {error}"));
-                assert!(taken.threads >= 1 && taken.stopped > Duration::ZERO);
+                assert!(taken.threads >= 1 && taken.stood > Duration::ZERO);
             }
             let after = Appearance::of(subject.pid());
             assert_eq!(before, after, "{call}");
@@ -232,7 +232,7 @@ fn stop(root: u32) -> ProcessTree {
 }
 
 /// Rounds over a workload that writes, maps, unmaps, moves, drops and forks all the time.
-fn churn(site: &Site, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Duration> {
+fn churn(site: &Site, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Stop> {
     let options = Options {
         mib: 48,
         threads: 3,

@@ -45,9 +45,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub struct Taken {
     /// Fresh: nothing is negotiated yet.
     pub fd: OwnedFd,
-    /// How long the main thread was stopped at most: from the request on until it ran again. No other one stood longer than
-    /// it takes to look at it.
-    pub stopped: Duration,
+    /// From the request to stop until the main thread was seen standing: it slept, ran, or waited for a processor.
+    pub waited: Duration,
+    /// From there until it ran on. No other thread stood longer than it takes to look at it.
+    pub stood: Duration,
     /// Threads that were stopped at all.
     pub threads: u32,
     /// Copies of the descriptor that had to be closed in children.

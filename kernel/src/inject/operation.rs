@@ -98,11 +98,12 @@ pub(super) struct Answer {
     pub(super) errno: c_int,
     pub(super) threads: u32,
     pub(super) copies: u32,
-    pub(super) stopped_ns: u64,
+    pub(super) waited_ns: u64,
+    pub(super) stood_ns: u64,
 }
 
 impl Answer {
-    pub(super) const BYTES: usize = 24;
+    pub(super) const BYTES: usize = 32;
 
     fn encode(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
@@ -110,20 +111,25 @@ impl Answer {
         bytes[4..8].copy_from_slice(&self.errno.to_ne_bytes());
         bytes[8..12].copy_from_slice(&self.threads.to_ne_bytes());
         bytes[12..16].copy_from_slice(&self.copies.to_ne_bytes());
-        bytes[16..24].copy_from_slice(&self.stopped_ns.to_ne_bytes());
+        bytes[16..24].copy_from_slice(&self.waited_ns.to_ne_bytes());
+        bytes[24..32].copy_from_slice(&self.stood_ns.to_ne_bytes());
         bytes
     }
 
     pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Self {
         let word = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
-        let mut stopped = [0; 8];
-        stopped.copy_from_slice(&bytes[16..24]);
+        let long = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_ne_bytes(word)
+        };
         Self {
             at: At::ALL.get(usize::from(bytes[0])).copied().unwrap_or(At::Look),
             errno: c_int::from_ne_bytes(word(4)),
             threads: u32::from_ne_bytes(word(8)),
             copies: u32::from_ne_bytes(word(12)),
-            stopped_ns: u64::from_ne_bytes(stopped),
+            waited_ns: long(16),
+            stood_ns: long(24),
         }
     }
 }
@@ -197,9 +203,11 @@ impl Job<'_> {
         if !at(At::Stop, to_trap(main, Some(deadline), &mut born))? {
             return Err((At::Stop, errno(libc::ESRCH)));
         }
+        let stands = Instant::now();
         let made = self.borrow(main, |saved| self.make_and_take(main, saved));
         let _ = main.detach();
-        answer.stopped_ns = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let nanos = |from: Instant, to: Instant| u64::try_from((to - from).as_nanos()).unwrap_or(u64::MAX);
+        (answer.waited_ns, answer.stood_ns) = (nanos(begun, stands), nanos(stands, Instant::now()));
         let made = made?;
         (answer.threads, answer.copies) = self.release(made, born);
         Ok(made)
@@ -561,9 +569,11 @@ mod tests {
 
     #[test]
     fn an_answer_arrives_as_it_was_sent() {
-        let answer = Answer { at: At::Call, errno: 11, threads: 3, copies: 2, stopped_ns: 1 << 40 };
+        let answer =
+            Answer { at: At::Call, errno: 11, threads: 3, copies: 2, waited_ns: 9, stood_ns: 1 << 40 };
         let read = Answer::decode(&answer.encode());
-        assert_eq!((read.at, read.errno, read.stopped_ns), (At::Call, 11, 1 << 40));
+        assert_eq!((read.at, read.errno), (At::Call, 11));
+        assert_eq!((read.waited_ns, read.stood_ns), (9, 1 << 40));
         assert_eq!((read.threads, read.copies), (3, 2));
         assert!(At::ALL.iter().enumerate().all(|(number, &at)| number == at as usize));
     }

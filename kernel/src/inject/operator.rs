@@ -86,7 +86,8 @@ fn await_answer(socket: &OwnedFd) -> Result<Taken, InjectError> {
     match (answer.at, answer.errno, fds.pop()) {
         (At::Done, 0, Some(fd)) => Ok(Taken {
             fd,
-            stopped: Duration::from_nanos(answer.stopped_ns),
+            waited: Duration::from_nanos(answer.waited_ns),
+            stood: Duration::from_nanos(answer.stood_ns),
             threads: answer.threads,
             copies: answer.copies,
         }),

@@ -88,13 +88,22 @@ impl TaskRound {
     }
 }
 
+/// A task that was stopped to be armed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stop {
+    /// How long it stood still.
+    pub stood: Duration,
+    /// How long it took before until it did.
+    pub waited: Duration,
+}
+
 /// What a scan found.
 #[derive(Debug, Default)]
 pub struct Round {
     /// Task by task, as the tree lists them; without those that ended meanwhile.
     pub tasks: Vec<TaskRound>,
-    /// How long tasks were stopped, one entry for each address space that was armed.
-    pub stops: Vec<Duration>,
+    /// One for each address space that was armed.
+    pub stops: Vec<Stop>,
 }
 
 impl Round {

@@ -26,7 +26,7 @@ use kernel::pagemap::{Categories, PageMap, Protect, Query, Region, Regions, Scan
 use kernel::write_protect::{Registration, WriteTracker};
 use protocol::units::{ImageAddr, PageRun, TaskId, bytes_to_pages, pages_to_bytes};
 
-use super::{Method, Pass, Round, Run, TaskRound, Tracker, areas, empty_round};
+use super::{Method, Pass, Round, Run, Stop, TaskRound, Tracker, areas, empty_round};
 use crate::process::{ProcessTree, Task, has_ended};
 
 /// How often an area that changes is tried again before its pages are taken as they are.
@@ -87,12 +87,7 @@ impl Tracker for WriteProtect {
 
 impl WriteProtect {
     /// The round of one task; `None` if it has ended.
-    fn scan_task(
-        &mut self,
-        task: &Task,
-        pass: Pass,
-        stops: &mut Vec<std::time::Duration>,
-    ) -> Option<TaskRound> {
+    fn scan_task(&mut self, task: &Task, pass: Pass, stops: &mut Vec<Stop>) -> Option<TaskRound> {
         let mut round = empty_round(task);
         for _ in 0..TRIES {
             if self.armed.get(&task.pid).is_some_and(WriteTracker::is_orphaned) {
@@ -223,10 +218,10 @@ fn run_of(region: Region) -> Option<Run> {
 }
 
 /// A tracker for the address space that a process has now, and how long the process was stopped for it.
-fn arm(pid: u32) -> Result<(WriteTracker, std::time::Duration), String> {
+fn arm(pid: u32) -> Result<(WriteTracker, Stop), String> {
     let taken = userfaultfd_of(pid).map_err(|error| error.to_string())?;
     let tracker = WriteTracker::from_fresh(taken.fd).map_err(|error| format!("negotiate: {error}"))?;
-    Ok((tracker, taken.stopped))
+    Ok((tracker, Stop { stood: taken.stood, waited: taken.waited }))
 }
 
 /// Lifts the protection of an area in steps. What is left to do when the descriptor is closed, with the address
