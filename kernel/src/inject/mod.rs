@@ -22,11 +22,15 @@
 //! the process.
 
 #[cfg(target_arch = "x86_64")]
+mod listing;
+#[cfg(target_arch = "x86_64")]
 mod operation;
 #[cfg(target_arch = "x86_64")]
 mod operator;
 #[cfg(target_arch = "x86_64")]
 mod ptrace;
+#[cfg(target_arch = "x86_64")]
+mod report;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,8 +38,12 @@ use std::time::Duration;
 
 /// Whether this architecture is one it is made for.
 pub const IS_SUPPORTED: bool = cfg!(target_arch = "x86_64");
-/// How long the main thread may take to stop. In an uninterruptible wait (`vfork`, a disk) it does not.
-pub const STOP_PATIENCE: Duration = Duration::from_millis(50);
+/// How long the main thread may take to stop; until then nobody stands still. Among many busy threads it waits for a processor
+/// first, and in an uninterruptible wait (`vfork`, a disk) it does not stop at all.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(1);
+/// How long threads that may be in the middle of a fork are waited for: as long as they might for a processor.
+#[cfg(target_arch = "x86_64")]
+const FORK_PATIENCE: Duration = Duration::from_millis(200);
 /// How long the operator may take for everything.
 #[cfg(target_arch = "x86_64")]
 const PATIENCE: Duration = Duration::from_secs(5);

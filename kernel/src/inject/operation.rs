@@ -20,8 +20,10 @@ use std::time::Instant;
 
 use libc::{c_int, pid_t};
 
-use super::STOP_PATIENCE;
+use super::listing::{DirectoryRoom, next_entry, number, write_path};
 use super::ptrace::{Registers, Stop, Tracee, Until, errno};
+use super::report::{Answer, At, send};
+use super::{FORK_PATIENCE, STOP_PATIENCE};
 
 /// The selector of 64-bit code.
 const CS_64_BIT: u64 = 0x33;
@@ -51,87 +53,11 @@ const STARTS_AGAIN: [libc::c_long; 16] = [
 /// System calls that hand descriptors on.
 const FORKS: [libc::c_long; 4] = [libc::SYS_clone, libc::SYS_clone3, libc::SYS_fork, libc::SYS_vfork];
 
-/// How far the operator came.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum At {
-    #[default]
-    Done,
-    List,
-    Trace,
-    Stop,
-    Look,
-    Call,
-    Take,
-    Close,
-}
-
-impl At {
-    const ALL: [Self; 8] =
-        [Self::Done, Self::List, Self::Trace, Self::Stop, Self::Look, Self::Call, Self::Take, Self::Close];
-
-    pub(super) const fn words(self) -> &'static str {
-        match self {
-            Self::Done => "report",
-            Self::List => "list threads",
-            Self::Trace => "trace a thread",
-            Self::Stop => "stop the main thread",
-            Self::Look => "look at the main thread",
-            Self::Call => "run userfaultfd in the process",
-            Self::Take => "take the descriptor out",
-            Self::Close => "close the descriptor in the process",
-        }
-    }
-}
-
 /// A `syscall` instruction in a process, and the sixteen bytes from it on.
 #[derive(Clone, Copy)]
 pub(super) struct Instruction {
     pub(super) address: u64,
     pub(super) bytes: [u64; 2],
-}
-
-/// What the operator reports.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Answer {
-    pub(super) at: At,
-    pub(super) errno: c_int,
-    pub(super) threads: u32,
-    pub(super) copies: u32,
-    pub(super) waited_ns: u64,
-    pub(super) stood_ns: u64,
-}
-
-impl Answer {
-    pub(super) const BYTES: usize = 32;
-
-    fn encode(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[0] = self.at as u8;
-        bytes[4..8].copy_from_slice(&self.errno.to_ne_bytes());
-        bytes[8..12].copy_from_slice(&self.threads.to_ne_bytes());
-        bytes[12..16].copy_from_slice(&self.copies.to_ne_bytes());
-        bytes[16..24].copy_from_slice(&self.waited_ns.to_ne_bytes());
-        bytes[24..32].copy_from_slice(&self.stood_ns.to_ne_bytes());
-        bytes
-    }
-
-    pub(super) fn decode(bytes: &[u8; Self::BYTES]) -> Self {
-        let word = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
-        let long = |at: usize| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[at..at + 8]);
-            u64::from_ne_bytes(word)
-        };
-        Self {
-            at: At::ALL.get(usize::from(bytes[0])).copied().unwrap_or(At::Look),
-            errno: c_int::from_ne_bytes(word(4)),
-            threads: u32::from_ne_bytes(word(8)),
-            copies: u32::from_ne_bytes(word(12)),
-            waited_ns: long(16),
-            stood_ns: long(24),
-        }
-    }
 }
 
 /// What the operator needs.
@@ -206,7 +132,9 @@ impl Job<'_> {
         let stands = Instant::now();
         let made = self.borrow(main, |saved| self.make_and_take(main, saved));
         let _ = main.detach();
-        let nanos = |from: Instant, to: Instant| u64::try_from((to - from).as_nanos()).unwrap_or(u64::MAX);
+        let nanos = |from: Instant, to: Instant| {
+            u64::try_from(to.saturating_duration_since(from).as_nanos()).unwrap_or(u64::MAX)
+        };
         (answer.waited_ns, answer.stood_ns) = (nanos(begun, stands), nanos(stands, Instant::now()));
         let made = made?;
         (answer.threads, answer.copies) = self.release(made, born);
@@ -301,7 +229,7 @@ impl Job<'_> {
     /// Lets go of every thread, and closes copies of the descriptor in processes that were forked meanwhile. `born` have
     /// been born already. How many threads were stopped in all, and how many copies there were.
     fn release(&mut self, made: Made, mut born: u32) -> (u32, u32) {
-        let deadline = Instant::now() + STOP_PATIENCE;
+        let deadline = Instant::now() + FORK_PATIENCE;
         for &thread in &self.threads {
             if thread.0 != self.pid && self.may_fork(thread) && thread.interrupt().is_ok() {
                 self.pending.push(thread);
@@ -476,107 +404,9 @@ const fn unsigned(number: i64) -> u64 {
     u64::from_ne_bytes(number.to_ne_bytes())
 }
 
-/// Room for directory entries, aligned as they are.
-#[repr(align(8))]
-struct DirectoryRoom([u8; 16 << 10]);
-
-/// The first entry of what getdents64 gave, as a number if it is one, and the rest.
-fn next_entry(entries: &[u8]) -> Option<(Option<pid_t>, &[u8])> {
-    // struct linux_dirent64: inode, offset, u16 length of the entry, u8 type, name with a zero at its end.
-    let length = usize::from(u16::from_ne_bytes([*entries.get(16)?, *entries.get(17)?]));
-    let (entry, rest) = entries.split_at_checked(length)?;
-    let name = entry.get(19..)?.split(|&byte| byte == 0).next()?;
-    Some((number(name), rest))
-}
-
-fn number(text: &[u8]) -> Option<pid_t> {
-    let digit = |number: pid_t, &byte: &u8| match byte {
-        b'0'..=b'9' => number.checked_mul(10)?.checked_add(pid_t::from(byte - b'0')),
-        _ => None,
-    };
-    if text.is_empty() { None } else { text.iter().try_fold(0, digit) }
-}
-
-/// Writes `TID/syscall` and a zero behind it; false if there is no room.
-fn write_path(path: &mut [u8; 32], tid: pid_t) -> bool {
-    let mut digits = [0; 12];
-    let (mut first, mut rest) = (digits.len(), tid.unsigned_abs());
-    while first > 0 && (rest > 0 || first == digits.len()) {
-        first -= 1;
-        digits[first] = b'0' + u8::try_from(rest % 10).unwrap_or(0);
-        rest /= 10;
-    }
-    let parts = digits[first..].iter().chain(b"/syscall\0");
-    let mut written = 0;
-    for (place, &byte) in path.iter_mut().zip(parts) {
-        *place = byte;
-        written += 1;
-    }
-    written == digits.len() - first + b"/syscall\0".len()
-}
-
-/// A control message with one descriptor, as `CMSG_SPACE(4)` lays it out.
-#[repr(C)]
-struct OneDescriptor {
-    header: libc::cmsghdr,
-    fd: RawFd,
-    pad: u32,
-}
-const _: () = assert!(size_of::<OneDescriptor>() == 24);
-
-/// Sends the answer, with the descriptor if there is one.
-fn send(socket: BorrowedFd<'_>, answer: Answer, fd: Option<RawFd>) -> io::Result<()> {
-    let mut bytes = answer.encode();
-    let mut data = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // SAFETY: structs of integers and pointers, for which zeros are valid.
-    let (mut control, mut message) =
-        unsafe { (std::mem::zeroed::<OneDescriptor>(), std::mem::zeroed::<libc::msghdr>()) };
-    message.msg_iov = &raw mut data;
-    message.msg_iovlen = 1;
-    if let Some(fd) = fd {
-        control.header.cmsg_len = size_of::<libc::cmsghdr>() + size_of::<RawFd>();
-        control.header.cmsg_level = libc::SOL_SOCKET;
-        control.header.cmsg_type = libc::SCM_RIGHTS;
-        control.fd = fd;
-        message.msg_control = (&raw mut control).cast();
-        message.msg_controllen = size_of::<OneDescriptor>();
-    }
-    // SAFETY: the message points to live values of the lengths it states; the kernel only reads them.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn paths_and_entries_without_memory() {
-        let mut path = [0; 32];
-        assert!(write_path(&mut path, 4_194_304));
-        assert!(path.starts_with(b"4194304/syscall\0"));
-        let entry = |name: &[u8]| {
-            let mut entry = vec![0; 24];
-            entry[16] = 24;
-            entry[19..19 + name.len()].copy_from_slice(name);
-            entry
-        };
-        let both = [entry(b"42"), entry(b"..")].concat();
-        let (first, rest) = next_entry(&both).unwrap();
-        assert_eq!((first, next_entry(rest).unwrap().0), (Some(42), None));
-        assert!(next_entry(&both[..20]).is_none() && next_entry(&[]).is_none());
-    }
-
-    #[test]
-    fn an_answer_arrives_as_it_was_sent() {
-        let answer =
-            Answer { at: At::Call, errno: 11, threads: 3, copies: 2, waited_ns: 9, stood_ns: 1 << 40 };
-        let read = Answer::decode(&answer.encode());
-        assert_eq!((read.at, read.errno), (At::Call, 11));
-        assert_eq!((read.waited_ns, read.stood_ns), (9, 1 << 40));
-        assert_eq!((read.threads, read.copies), (3, 2));
-        assert!(At::ALL.iter().enumerate().all(|(number, &at)| number == at as usize));
-    }
 
     #[test]
     fn only_calls_that_did_nothing_start_again() {

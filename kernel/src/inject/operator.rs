@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use libc::pid_t;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
-use super::operation::{Answer, At, Instruction, Job, operate};
+use super::operation::{Instruction, Job, operate};
 use super::ptrace::errno;
+use super::report::{Answer, At};
 use super::{InjectError, PATIENCE, Taken};
 use crate::fds::receive;
 use crate::pidfd::PidFd;
