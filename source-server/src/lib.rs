@@ -6,6 +6,7 @@
 //! - [`preflight`], [`process`]: what would move, and what stands against it
 //! - [`dump`], [`stacks`], [`fence`], [`netlock`]: CRIU's dump, what keeps it lazy, and what keeps the tasks still or lets them run again
 //! - [`store`]: where pages wait
+//! - [`track`]: which pages are written while the tree still runs
 //! - [`ledger`], [`lanes`]: what was sent and acknowledged, and the threads that do it
 #![forbid(unsafe_code)]
 
@@ -22,3 +23,4 @@ pub mod preflight;
 pub mod process;
 pub mod stacks;
 pub mod store;
+pub mod track;
