@@ -33,6 +33,40 @@ impl Bitmap {
         map
     }
 
+    /// The bits from `first` (a multiple of 8) on as bytes, the lowest bit of a byte first: at most `most` bytes. Bits of the
+    /// last byte that are past the end are clear.
+    ///
+    /// # Panics
+    /// If `first` is inside a byte.
+    #[must_use]
+    pub fn bytes_from(&self, first: u64, most: usize) -> Vec<u8> {
+        assert!(first % 8 == 0, "bit {first} is inside a byte");
+        let bytes = self.words.iter().flat_map(|word| word.to_le_bytes());
+        let (skip, len) = (first / 8, self.len.div_ceil(8));
+        let count = usize::try_from(len.saturating_sub(skip)).unwrap_or(usize::MAX).min(most);
+        bytes.skip(usize::try_from(skip).unwrap_or(usize::MAX)).take(count).collect()
+    }
+
+    /// Sets the bits that are set in `bytes`, of which the first is `first` (a multiple of 8). Says whether all of them, the set
+    /// ones and the clear ones but for the rest of the last byte, are within the map; if not, nothing was changed.
+    #[must_use]
+    pub fn set_bytes(&mut self, first: u64, bytes: &[u8]) -> bool {
+        let (skip, len) = (first / 8, self.len.div_ceil(8));
+        let spare = self.len % 8;
+        let ends = skip.checked_add(bytes.len() as u64).is_some_and(|end| {
+            let within_last = spare == 0 || end < len || bytes.last().is_none_or(|last| last >> spare == 0);
+            end <= len && within_last
+        });
+        if first % 8 != 0 || !ends {
+            return false;
+        }
+        for (at, byte) in (skip..).zip(bytes) {
+            let (word, shift) = split(at * 8);
+            self.words[word] |= u64::from(*byte) << shift;
+        }
+        true
+    }
+
     /// Number of bits.
     #[must_use]
     pub const fn len(&self) -> u64 {
@@ -157,7 +191,40 @@ mod tests {
         assert!(Bitmap::clear(0).is_empty());
     }
 
+    #[test]
+    fn bytes_past_the_end_are_refused() {
+        let mut map = Bitmap::clear(20);
+        assert!(map.set_bytes(8, &[0x81, 0x0f]));
+        assert_eq!(map.count(), 6);
+        assert_eq!(map.bytes_from(0, 99), [0, 0x81, 0x0f]);
+        assert_eq!(map.bytes_from(8, 1), [0x81]);
+        assert!(map.bytes_from(24, 9).is_empty());
+        let before = map.clone();
+        assert!(!map.set_bytes(16, &[0x10]), "bit 20");
+        assert!(!map.set_bytes(16, &[0, 0]), "a byte behind the last");
+        assert!(!map.set_bytes(4, &[0]), "inside a byte");
+        assert!(!map.set_bytes(u64::MAX - 7, &[0]));
+        assert_eq!(map, before);
+    }
+
     proptest! {
+        #[test]
+        fn bytes_round_trip(bits in proptest::collection::vec(any::<bool>(), 0..300), piece in 1usize..50) {
+            let mut map = Bitmap::clear(bits.len() as u64);
+            for (bit, _) in bits.iter().enumerate().filter(|(_, set)| **set) {
+                map.set(bit as u64);
+            }
+            let mut again = Bitmap::clear(map.len());
+            let mut first = 0;
+            while first < map.len() {
+                let bytes = map.bytes_from(first, piece);
+                prop_assert!(!bytes.is_empty());
+                prop_assert!(again.set_bytes(first, &bytes));
+                first += bytes.len() as u64 * 8;
+            }
+            prop_assert_eq!(again, map);
+        }
+
         #[test]
         fn agrees_with_a_vector_of_bools(
             len in 1u64..300,

@@ -43,6 +43,7 @@ pub fn offer() -> Offer {
         name: "nobody".into(),
         pids: vec![77_777],
         memory_bytes: 0,
+        precopy_pages: 0,
         files: vec![],
         criu_options: vec![],
     }
@@ -57,7 +58,7 @@ pub fn image(name: &str, data: &[u8]) -> Control {
 /// The end of so many images.
 #[must_use]
 pub const fn dumped(images: u32) -> Control {
-    Control::Dumped(Dumped { images, frozen_us: 1000, lazy_pages: 0 })
+    Control::Dumped(Dumped { images, frozen_us: 1000, lazy_pages: 0, clean_pages: 0 })
 }
 
 /// The bytes of a message.

@@ -95,6 +95,7 @@ mod tests {
             name: "x".into(),
             pids: vec![std::process::id()],
             memory_bytes: 0,
+            precopy_pages: 0,
             files: vec![],
             criu_options: vec![],
         }

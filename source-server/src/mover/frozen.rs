@@ -214,7 +214,7 @@ impl<'a> Frozen<'a> {
         let failed = |error: ControlError| session.lost(&error);
         let (images, bytes) = session.ship(&self.dump.images).map_err(failed)?;
         let frozen_us = u64::try_from(self.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages() };
+        let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages(), clean_pages: 0 };
         let more = session.control.send(&Control::Dumped(dumped)).map_err(failed)?;
         mover.recorder.report().bytes.control += bytes + more;
         mover.recorder.phase("restore");

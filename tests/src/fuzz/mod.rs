@@ -49,6 +49,7 @@ pub const TARGETS: &[Target] = &[
     target("frames", wire::fuzz_frames),
     target("acknowledgement", wire::fuzz_acknowledgement),
     target("control", wire::fuzz_control),
+    target("precopy", wire::fuzz_precopy),
     target("page_server", criu::fuzz_page_server),
     target("handover", criu::fuzz_handover),
     target("criu_version", criu::fuzz_criu_version),
