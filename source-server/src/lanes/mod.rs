@@ -7,6 +7,7 @@ mod window;
 
 pub use fault::serve_faults;
 pub use order::Order;
+pub(crate) use push::Throttle;
 pub use push::{Pace, acknowledgements, push};
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -128,7 +129,7 @@ pub enum LaneError {
 }
 
 impl LaneError {
-    fn io(lane: &'static str) -> impl Fn(std::io::Error) -> Self {
+    pub(crate) fn io(lane: &'static str) -> impl Fn(std::io::Error) -> Self {
         move |source| match source.kind() {
             std::io::ErrorKind::UnexpectedEof => Self::Closed(lane),
             _ => Self::Io { lane, source },
