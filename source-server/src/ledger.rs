@@ -201,7 +201,10 @@ mod tests {
         ledger.has_already(&clean);
         let mut runs = Vec::new();
         ledger.take_unsent(&map, 0, 64, &mut runs);
-        assert_eq!(runs.iter().map(|run| (run.first, run.what.run.pages)).collect::<Vec<_>>(), [(5, 1), (6, 1)]);
+        assert_eq!(
+            runs.iter().map(|run| (run.first, run.what.run.pages)).collect::<Vec<_>>(),
+            [(5, 1), (6, 1)]
+        );
         assert_eq!(ledger.take_unsent_from(8, 4), 0);
         assert_eq!(ledger.missing(), 12);
         assert_eq!(ledger.acknowledge(0, 8), [0]);

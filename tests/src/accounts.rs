@@ -30,7 +30,11 @@ pub fn check(source: &MoveReport, destination: &MoveReport, memory: Memory) {
         assert!(pages.adds_up(), "{report}");
         assert_eq!(tasks.iter().map(|task| task.lazy_pages).sum::<u64>(), pages.lazy, "{report}");
         if !is_hybrid(report) {
-            assert_eq!((pages.precopied, report.bytes.precopy), (0, 0), "nothing was copied before: {report}");
+            assert_eq!(
+                (pages.precopied, report.bytes.precopy),
+                (0, 0),
+                "nothing was copied before: {report}"
+            );
         }
         assert!(report.error.is_none(), "{report}");
         assert!(report.blackout_ms > 0.0 && report.blackout_ms < report.total_ms, "{report}");

@@ -84,7 +84,10 @@ impl Kept {
         for number in 0..run.pages {
             let at = usize::try_from(number)? * PAGE_SIZE;
             let page = data.get(at..at + PAGE_SIZE).unwrap_or(&[0; PAGE_SIZE]);
-            ensure!(data.is_empty() || page.iter().any(|byte| *byte != 0), "a page of zeros as another: {frame:?}");
+            ensure!(
+                data.is_empty() || page.iter().any(|byte| *byte != 0),
+                "a page of zeros as another: {frame:?}"
+            );
             pages.insert(run.start.add(number).get(), page.into());
         }
         self.most = self.most.max(self.pages.values().map(BTreeMap::len).sum());

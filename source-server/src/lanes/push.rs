@@ -48,9 +48,7 @@ impl FromStr for Pace {
         };
         match digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)) {
             Some(rate) if rate > 0 => Ok(Self::BytesPerSecond(rate)),
-            _ => Err(format!(
-                "rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off"
-            )),
+            _ => Err(format!("rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off")),
         }
     }
 }
@@ -67,7 +65,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         tracing::debug!("no short time slice for the push: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
-    let mut order = Order::new(lanes.ledger().chunks());
+    let mut order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
     let mut window = Window::default();
     let mut runs = Vec::new();
     let mut id = 0;

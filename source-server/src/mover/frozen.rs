@@ -197,7 +197,7 @@ impl<'a> Frozen<'a> {
         let began = Instant::now();
         let found = copied.last_scan(&self.tree, &self.map);
         let clean = found.clean.count();
-        self.lanes.ledger().has_already(&found.clean);
+        self.lanes.copied_ahead(&found.clean, &found.hot);
         self.clean = (clean > 0).then_some(found.clean);
         let (lazy, written, us) = (self.map.pages(), found.written, began.elapsed().as_micros());
         tracing::info!(lazy, clean, written, us, "last scan");

@@ -54,12 +54,7 @@ pub(super) fn run(mover: &mut Mover, tree: &ProcessTree, session: &Session) -> R
 }
 
 /// Waits until the rounds are over, one way or the other; an error is a reason to end them.
-fn wait(
-    mover: &mut Mover,
-    session: &Session,
-    ended: &Mailbox<()>,
-    shared: &Shared,
-) -> Result<(), String> {
+fn wait(mover: &mut Mover, session: &Session, ended: &Mailbox<()>, shared: &Shared) -> Result<(), String> {
     loop {
         match session.next([ended.as_fd(), mover.interrupt.as_fd()], mover.progress.interval()) {
             Ok(Next::Other(0)) => return Ok(()),

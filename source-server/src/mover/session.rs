@@ -156,6 +156,7 @@ impl Session {
 }
 
 /// What came first.
+#[allow(clippy::large_enum_variant, reason = "one at a time, and taken apart at once")]
 pub(super) enum Next {
     /// A message.
     Message(Control),

@@ -47,6 +47,8 @@ pub struct Copied {
 pub struct LastScan {
     /// The lazy pages that the destination has.
     pub clean: Bitmap,
+    /// The lazy pages that were written again in one round after another: likely to be needed soon.
+    pub hot: Bitmap,
     /// Pages that were written since the scan before.
     pub written: u64,
 }
@@ -63,12 +65,13 @@ impl Copied {
     /// The last scan, of a tree that stands still and whose images have these lazy pages.
     pub fn last_scan(&mut self, tree: &ProcessTree, map: &LazyMap) -> LastScan {
         let last = self.tracker().scan(tree, Pass::Last);
+        let hot = self.record.rewritten(map);
         self.record.keep_tasks(|task| last.tasks.iter().any(|found| found.task == task));
         for found in &last.tasks {
             self.record.keep_within(found.task, found.starts_again, &found.areas);
             found.runs.iter().for_each(|run| self.record.written(found.task, run.pages));
         }
-        LastScan { clean: self.record.clean(map), written: last.pages() }
+        LastScan { clean: self.record.clean(map), hot, written: last.pages() }
     }
 
     /// The tree is gone: there is nothing to lift, and closing descriptors costs nothing.

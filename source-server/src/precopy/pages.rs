@@ -91,11 +91,7 @@ fn read(pid: u32, runs: &[PageRun], room: &mut [u8]) -> u64 {
 }
 
 /// Hands pages to `each`, cut where zero pages and others meet.
-fn pieces<E>(
-    run: PageRun,
-    data: &[u8],
-    each: &mut impl FnMut(Piece<'_>) -> Result<(), E>,
-) -> Result<(), E> {
+fn pieces<E>(run: PageRun, data: &[u8], each: &mut impl FnMut(Piece<'_>) -> Result<(), E>) -> Result<(), E> {
     let mut pages = data.chunks_exact(PAGE_SIZE).map(is_zero).enumerate().peekable();
     while let Some((first, zero)) = pages.next() {
         let mut behind = first + 1;

@@ -198,10 +198,7 @@ mod tests {
 
     #[test]
     fn stops_when_it_is_outpaced() {
-        assert_eq!(
-            run(Rounds::Auto, &[(100_000, 1000), (100_000, 1)]),
-            (2, Decision::Freeze(Why::Outpaced))
-        );
+        assert_eq!(run(Rounds::Auto, &[(100_000, 1000), (100_000, 1)]), (2, Decision::Freeze(Why::Outpaced)));
         // Few pages, each time all of them.
         let found = [(100_000, 1000), (40_000, 400), (40_000, 400)];
         assert_eq!(run(Rounds::Auto, &found), (3, Decision::Freeze(Why::Outpaced)));
@@ -217,10 +214,7 @@ mod tests {
         let (round, decision) = run(Rounds::Auto, &slow[..12]);
         assert!(round <= limits::PRECOPY_AUTO_ROUNDS, "{decision:?}");
         let hour = 3_600_000;
-        assert_eq!(
-            run(Rounds::Auto, &[(100_000, hour), (50_000, hour)]),
-            (2, Decision::Freeze(Why::Time))
-        );
+        assert_eq!(run(Rounds::Auto, &[(100_000, hour), (50_000, hour)]), (2, Decision::Freeze(Why::Time)));
     }
 
     #[test]

@@ -25,16 +25,19 @@ pub struct Record {
     most: u64,
 }
 
-/// The pages of an aligned 2 MiB; fresh ones are kept ones.
+/// The pages of an aligned 2 MiB; fresh and rewritten ones are kept ones.
 #[derive(Debug)]
 struct Group {
     kept: Bitmap,
     fresh: Bitmap,
+    /// Written again after they were sent.
+    rewritten: Bitmap,
 }
 
 impl Default for Group {
     fn default() -> Self {
-        Self { kept: Bitmap::clear(GROUP_PAGES), fresh: Bitmap::clear(GROUP_PAGES) }
+        let none = Bitmap::clear(GROUP_PAGES);
+        Self { kept: none.clone(), fresh: none.clone(), rewritten: none }
     }
 }
 
@@ -86,8 +89,12 @@ impl Record {
     pub fn written(&mut self, task: TaskId, run: PageRun) {
         let Some(groups) = self.tasks.get_mut(&task) else { return };
         for (number, start, end) in parts(run) {
-            if let Some(group) = groups.get_mut(&number) {
-                group.fresh.unset_range(start, end);
+            let Some(group) = groups.get_mut(&number) else { continue };
+            group.fresh.unset_range(start, end);
+            let mut at = start;
+            while let Some((first, behind)) = group.kept.run_in(at, end) {
+                group.rewritten.set_range(first, behind);
+                at = behind;
             }
         }
     }
@@ -100,7 +107,9 @@ impl Record {
         }
         let groups = self.tasks.get(&task);
         let kept_of = |(number, start, end)| {
-            groups.and_then(|groups| groups.get(&number)).map_or(0, |group| group.kept.count_range(start, end))
+            groups
+                .and_then(|groups| groups.get(&number))
+                .map_or(0, |group| group.kept.count_range(start, end))
         };
         self.kept + run.pages - parts(run).map(kept_of).sum::<u64>() <= self.most
     }
@@ -118,7 +127,18 @@ impl Record {
     /// Which lazy pages are fresh.
     #[must_use]
     pub fn clean(&self, map: &LazyMap) -> Bitmap {
-        let mut clean = Bitmap::clear(map.pages());
+        self.lazy(map, |group| &group.fresh)
+    }
+
+    /// Which lazy pages were written again after they had been sent.
+    #[must_use]
+    pub fn rewritten(&self, map: &LazyMap) -> Bitmap {
+        self.lazy(map, |group| &group.rewritten)
+    }
+
+    /// The lazy pages among those that `of` says.
+    fn lazy(&self, map: &LazyMap, of: impl Fn(&Group) -> &Bitmap) -> Bitmap {
+        let mut found = Bitmap::clear(map.pages());
         for task in map.tasks() {
             let Some(groups) = self.tasks.get(&task.id) else { continue };
             for lazy in &task.runs {
@@ -126,16 +146,16 @@ impl Record {
                 for (number, start, end) in parts(lazy.run) {
                     let mut at = start;
                     while let Some((first, behind)) =
-                        groups.get(&number).and_then(|group| group.fresh.run_in(at, end))
+                        groups.get(&number).and_then(|group| of(group).run_in(at, end))
                     {
-                        clean.set_range(index + first - start, index + behind - start);
+                        found.set_range(index + first - start, index + behind - start);
                         at = behind;
                     }
                     index += end - start;
                 }
             }
         }
-        clean
+        found
     }
 }
 
@@ -143,6 +163,7 @@ impl Group {
     /// How many of these pages were kept.
     fn drop_pages(&mut self, start: u64, end: u64) -> u64 {
         self.fresh.unset_range(start, end);
+        self.rewritten.unset_range(start, end);
         self.kept.unset_range(start, end)
     }
 }
@@ -178,7 +199,13 @@ mod tests {
         record.sent(TaskId(2), run(511, 1));
         assert_eq!(record.clean(&map).bytes_from(0, 1), [0b0100_0111]);
         record.written(TaskId(1), run(511, 1));
+        record.written(TaskId(1), run(600, 1));
         assert_eq!((record.clean(&map).count(), record.kept()), (3, 6), "stale, and kept");
+        assert_eq!(
+            record.rewritten(&map).bytes_from(0, 1),
+            [0b0000_0010],
+            "what was never sent is not rewritten"
+        );
         record.sent(TaskId(1), run(511, 1));
         assert_eq!((record.clean(&map).count(), record.kept()), (4, 6));
         record.keep_within(TaskId(1), false, &[run(0, 509), run(512, 50)]);
@@ -211,7 +238,8 @@ mod tests {
         let task = || 0u32..3;
         let gaps = prop::collection::vec((1u64..600, 1u64..600), 0..5);
         prop_oneof![
-            (task(), prop::bool::weighted(0.1), gaps).prop_map(|(t, again, gaps)| Step::Within(t, again, gaps)),
+            (task(), prop::bool::weighted(0.1), gaps)
+                .prop_map(|(t, again, gaps)| Step::Within(t, again, gaps)),
             task().prop_map(Step::Tasks),
             (task(), 0u64..2000, 1u64..700).prop_map(|(t, page, pages)| Step::Written(t, page, pages)),
             (task(), 0u64..2000, 1u64..257).prop_map(|(t, page, pages)| Step::Sent(t, page, pages)),

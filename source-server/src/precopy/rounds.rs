@@ -22,7 +22,7 @@ use super::policy::{Decision, Policy, Rounds};
 use crate::lanes::{LaneError, Pace, Throttle};
 use crate::limits;
 use crate::process::{ProcessTree, has_ended};
-use crate::track::{Method, Pass, Round, TaskRound, Tracker};
+use crate::track::{Method, Pass, Round, TaskRound, Tracker, pins};
 
 /// Frames shorter than this are sent together with others.
 const SMALL_FRAME: usize = 64 << 10;
@@ -222,8 +222,12 @@ impl Copier<'_> {
         let now = tree.tasks.iter().map(|task| task.pid).collect();
         let before = std::mem::replace(&mut self.known, now);
         tree.tasks.retain(|task| task.pid == pid || before.contains(&task.pid));
-        let round = self.copied.tracker().scan(&tree, Pass::Round);
-        for task in &round.tasks {
+        let mut round = self.copied.tracker().scan(&tree, Pass::Round);
+        for task in &mut round.tasks {
+            if let (Method::WriteProtect, Ok(Some(why))) = (self.method, pins::of(task.pid)) {
+                task.starts_again = true;
+                task.untracked = Some(format!("{why}, through which memory is written unseen"));
+            }
             if let Some(why) = task.untracked.as_ref().filter(|_| self.untracked.insert(task.task)) {
                 tracing::warn!("the memory of task {} is not copied ahead: {why}", task.task);
             }
@@ -288,7 +292,8 @@ impl Copier<'_> {
         let mut frame = [0; HEADER_LEN + ROUND_LEN];
         self.sender.lane.receive_all(&mut frame).map_err(LaneError::io("push"))?;
         let (head, body) = frame.split_at(HEADER_LEN);
-        let header = Header::decode(head.first_chunk().unwrap_or(&[0; HEADER_LEN])).map_err(LaneError::from)?;
+        let header =
+            Header::decode(head.first_chunk().unwrap_or(&[0; HEADER_LEN])).map_err(LaneError::from)?;
         if header.kind != Kind::Round || header.body_len != ROUND_LEN {
             let error = CodecError::Meaning { field: "frame kind on this lane", value: header.kind as u64 };
             return Err(LaneError::from(error).into());
