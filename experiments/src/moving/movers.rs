@@ -300,12 +300,9 @@ fn stop_and_copy(programs: &Programs, pid: u32, dir: &Path) -> anyhow::Result<Mo
     let mut dump = command(&[], &programs.criu);
     dump.args(["dump", "-t", &pid.to_string(), "-D"]).arg(&images).args(["-o", "dump.log", "-v0"]);
     let source = Tool::start("criu dump", dump, dir.join("criu-dump.log"))?.wait_used(PATIENCE)?;
+    // The command behind the options runs once the tasks do.
     let restored = dir.join("restored");
-    let done = format!(
-        "--action-script=sh -c '[ $CRTOOLS_SCRIPT_ACTION != post-resume ] || echo > {}'",
-        restored.display()
-    );
-    let mut namespace = restore(programs, &images, &[&done], dir)?;
+    let mut namespace = restore(programs, &images, &[], dir)?;
     namespace.wait_until(PATIENCE, |_| restored.exists())?;
     let destination = namespace.used_so_far();
     Ok(Moved { source, destination, reports: None, cut: false, _kept: vec![namespace] })
@@ -315,7 +312,7 @@ fn stop_and_copy(programs: &Programs, pid: u32, dir: &Path) -> anyhow::Result<Mo
 fn restore(programs: &Programs, images: &Path, options: &[&str], dir: &Path) -> anyhow::Result<Tool> {
     let mut restore = command(&[], Path::new("unshare"));
     restore.args(["--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]);
-    restore.arg("\"$@\" || exit; while sleep 1; do :; done").arg("sh");
+    restore.arg("\"$@\" || exit; echo > \"$0\"; while sleep 1; do :; done").arg(dir.join("restored"));
     restore.arg(&programs.criu).args(["restore", "-D"]).arg(images);
     restore.args(["-o", "restore.log", "-v0", "-d"]).args(options);
     Tool::start("criu restore", restore, dir.join("criu-restore.log"))
