@@ -18,8 +18,10 @@
 //! - [`holder`]: a process that does nothing but keep descriptors open
 //! - [`tcp`]: socket options that the standard library lacks
 //! - [`tun`]: network devices whose packets a program reads and writes
+//! - [`anonymous`]: memory that is given back page by page
 //! - [`arena`]: memory that a test workload maps, moves and drops
 
+pub mod anonymous;
 pub mod arena;
 pub mod fds;
 pub mod holder;

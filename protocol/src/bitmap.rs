@@ -128,6 +128,35 @@ impl Bitmap {
         changed
     }
 
+    /// The 64 bits from `first` on, the first of them the lowest; those past the end are clear.
+    #[must_use]
+    pub fn word_at(&self, first: u64) -> u64 {
+        let (word, shift) = split(first);
+        let get = |word: usize| self.words.get(word).copied().unwrap_or(0);
+        let high = if shift == 0 { 0 } else { get(word.saturating_add(1)) << (64 - shift) };
+        (get(word) >> shift) | high
+    }
+
+    /// Sets the bits from `first` on that are set in `bits`, whose lowest is the first; does nothing past the end.
+    pub fn set_word(&mut self, first: u64, bits: u64) {
+        let (word, shift) = split(first);
+        let left = self.len.saturating_sub(first);
+        let bits = if left < BITS { bits & !(u64::MAX << left) } else { bits };
+        if let Some(low) = self.words.get_mut(word) {
+            *low |= bits << shift;
+        }
+        if let Some(high) = self.words.get_mut(word + 1).filter(|_| shift > 0) {
+            *high |= bits >> (64 - shift);
+        }
+    }
+
+    /// Clears the bits that are clear in `others`; those past its end count as clear.
+    pub fn keep_only(&mut self, others: &Self) {
+        for (at, word) in self.words.iter_mut().enumerate() {
+            *word &= others.words.get(at).copied().unwrap_or(0);
+        }
+    }
+
     /// The first run of set bits in `start..end`, as first bit and first bit behind.
     #[must_use]
     pub fn run_in(&self, start: u64, end: u64) -> Option<(u64, u64)> {
@@ -223,6 +252,30 @@ mod tests {
                 first += bytes.len() as u64 * 8;
             }
             prop_assert_eq!(again, map);
+        }
+
+        #[test]
+        fn words_are_bits_wherever_they_begin(set in proptest::collection::vec(0u64..200, 0..40), len in 0u64..200, to in 0u64..210) {
+            let mut map = Bitmap::clear(200);
+            for bit in &set {
+                map.set(*bit);
+            }
+            for first in [0, 1, 63, 64, 65, 127, 136, 137, 199, 200, 300, u64::MAX] {
+                let word = map.word_at(first);
+                for bit in 0..64 {
+                    prop_assert_eq!(word >> bit & 1 == 1, map.get(first.saturating_add(bit)), "{} of {}", bit, first);
+                }
+            }
+            let mut copy = Bitmap::clear(len);
+            copy.set_word(to, map.word_at(3));
+            for bit in 0..300 {
+                let expected = bit >= to && bit < to + 64 && bit < len && map.get(3 + bit - to);
+                prop_assert_eq!(copy.get(bit), expected, "bit {}", bit);
+            }
+            let mut both = map.clone();
+            both.keep_only(&copy);
+            prop_assert!((0..300).all(|bit| both.get(bit) == (map.get(bit) && copy.get(bit))));
+            prop_assert_eq!(copy.count(), (0..300).filter(|bit| copy.get(*bit)).count() as u64);
         }
 
         #[test]

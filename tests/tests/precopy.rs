@@ -133,7 +133,8 @@ fn churn(tracker: Box<dyn Tracker>, processes: u8, rounds: &str) {
     let plan = plan(stamp.pid(), rounds);
     let shared = Shared::default();
     let (copied, kept) = copy(&plan, tracker, &shared, usize::MAX);
-    let (mut copied, kept) = (copied.unwrap(), kept.unwrap());
+    let kept = kept.unwrap();
+    let mut copied = copied.unwrap();
     if let Rounds::Exactly(asked) = plan.rounds {
         assert_eq!(kept.rounds.len(), asked.get() as usize);
     }

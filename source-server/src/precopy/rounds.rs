@@ -135,7 +135,7 @@ pub fn run(
     lane: &Stream,
     shared: &Shared,
 ) -> Result<Copied, RoundsError> {
-    if let Err(error) = kernel::sched::set_niceness(std::env::var("HSRC_NICE").ok().and_then(|n| n.parse().ok()).unwrap_or(limits::PRECOPY_NICENESS)) {
+    if let Err(error) = kernel::sched::set_niceness(limits::PRECOPY_NICENESS) {
         tracing::debug!("the copying thread keeps its priority: {error}");
     }
     let silence = |limit| lane.set_timeout(limit).map_err(LaneError::io("push"));

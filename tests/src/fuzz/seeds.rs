@@ -272,7 +272,7 @@ fn streams(add: &mut Add<'_>) {
 
 /// Bytes that stand for operations: any do, and mutation finds the rest.
 fn operations(add: &mut Add<'_>) {
-    for target in ["page_space", "ledger", "bitmap", "prefetch", "in_flight", "push_order"] {
+    for target in ["page_space", "page_cache", "ledger", "bitmap", "prefetch", "in_flight", "push_order"] {
         for number in 0..6_u64 {
             let mut random = Random::new(number);
             let length = 40 << number;
