@@ -236,7 +236,7 @@ fn the_source_dies_in_a_round() {
     let Some(mut trial) = Trial::new() else { return };
     let under_way = in_round(&trial, 2);
     under_way.source.tool.signal(Signal::SIGKILL);
-    under_way.destination.wait(STEP).assert(1, "rolled_back", &["lost the source"]);
+    under_way.destination.wait(STEP).assert(1, "rolled_back", &["the source"]);
     let pid = trial.stamp.pid();
     eventually("no trace of the tracker", STEP, || (!Appearance::of(pid).is_armed()).then_some(()));
     trial.assert_untouched();
@@ -293,5 +293,5 @@ fn the_process_ends_in_a_round() {
     stamp.give_up();
     processes::signal(stamp.pid(), Signal::SIGKILL);
     under_way.wait().assert_rolled_back(&["ended before it was frozen"]);
-    drop(site);
+    site.assert_clean(&[]);
 }
