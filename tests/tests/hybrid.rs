@@ -132,6 +132,23 @@ fn of_an_idle_process_hardly_a_page_is_fetched() {
     assert!(pages.demand + pages.push < 64, "{pages:?}");
 }
 
+/// It is frozen again and again, and runs in between, armed; in the end CRIU copies all of it, and nothing is lazy.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn a_thread_whose_stack_pointer_stays_page_aligned() {
+    let Some(site) = Site::new() else { return };
+    let options = Options { aligned_stack: true, ..stamps::small(&site, 32) };
+    let mut stamp = Stamp::start(&options);
+    let ended = hybrid("2").run(&site, stamp.pid());
+    ended.assert_arrived(Memory::Steady);
+    let scan = LastScan::of(&ended);
+    assert_eq!((scan.lazy, scan.clean), (0, 0));
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    stamp.quit();
+    site.assert_clean(&[]);
+}
+
 /// 20 moves with 1 to 5 rounds.
 #[test]
 fn many_moves() {
