@@ -294,6 +294,8 @@ impl Session {
         }
         brought_up.start_push();
         self.wait_settled(brought_up)?;
+        let resolved_here = brought_up.tree.local_faults.load(Ordering::Relaxed);
+        tracing::info!(resolved_here, "every page is here");
         self.recorder.phase("release");
         let summary = self.summary(brought_up, running_at);
         self.recorder.settle(&summary);
