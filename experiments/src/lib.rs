@@ -15,6 +15,7 @@
 //! - [`sweep`]: fault latency by pattern, push rate, store and size; [`vs_criu`]: ours beside CRIU's own lazy pages
 //! - [`crossing`]: a move between two hosts of a lab; [`timeline`]: what happened when, in bins
 //! - [`links`]: kinds of link over delay and loss; [`stream`]: a bulk stream; [`kv_move`]: the clients of a redis
+//! - [`tracking`]: what it costs to know which pages a process writes
 //! - [`vs_qemu`]: QEMU's post-copy beside ours
 //! - [`cli`]: the command line of the `experiments` binary
 //! - [`random`], [`clock`]: numbers that can be repeated, time that can be compared
@@ -45,6 +46,7 @@ pub mod sweep;
 pub mod timeline;
 pub mod tool;
 pub mod touch;
+pub mod tracking;
 pub mod vs_criu;
 pub mod vs_qemu;
 pub mod workload;

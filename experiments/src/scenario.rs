@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use crate::cli::Common;
 use crate::results::Folder;
-use crate::sweep::{fault_latency, memory_size, push_interference, stores};
-use crate::{floors, kv_move, links, stream, vs_criu, vs_qemu};
+use crate::sweep::{fault_latency, hybrid, memory_size, push_interference, stores};
+use crate::{floors, kv_move, links, stream, tracking, vs_criu, vs_qemu};
 
 /// How to run an experiment.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -93,6 +93,12 @@ pub const ALL: &[Scenario] = &[
         page: memory_size::page,
     },
     Scenario {
+        name: hybrid::NAME,
+        about: "copies ahead or not, and stop-and-copy, by how much is written between the last round and the freeze",
+        run: hybrid::run,
+        page: hybrid::page,
+    },
+    Scenario {
         name: vs_criu::NAME,
         about: "fault latency, drain time, CPU and memory beside CRIU's own lazy pages, interleaved",
         run: vs_criu::run,
@@ -121,6 +127,12 @@ pub const ALL: &[Scenario] = &[
         about: "what the clients of a redis at 70 % of its peak see of its move",
         run: kv_move::run,
         page: kv_move::page,
+    },
+    Scenario {
+        name: tracking::NAME,
+        about: "what it costs to know which pages a process writes: scans, first writes, stops",
+        run: tracking::run,
+        page: tracking::page,
     },
 ];
 

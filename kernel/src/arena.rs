@@ -158,6 +158,17 @@ impl Region {
         Errno::result(done).map(drop).map_err(io::Error::from)
     }
 
+    /// Asks for huge pages (`MADV_HUGEPAGE`).
+    ///
+    /// # Errors
+    /// What `madvise` says; `EINVAL` if the kernel has none.
+    pub fn prefer_huge_pages(&self) -> io::Result<()> {
+        let bytes = bytes_of(self.pages)?;
+        // SAFETY: the range is the mapping this region owns; the advice changes no content.
+        let done = unsafe { libc::madvise(self.start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        Errno::result(done).map(drop).map_err(io::Error::from)
+    }
+
     /// Grows the region with zero pages or gives up its tail, in place or at a new address (`mremap`).
     ///
     /// # Errors

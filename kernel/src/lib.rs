@@ -5,25 +5,36 @@
 //! installing pages there cannot break Rust's rules for our own memory and is safe over plain slices.
 //!
 //! - [`uffd`]: read events, install, zero, wake, poison, register
+//! - [`write_protect`], [`pagemap`]: which pages a task has written
+//! - [`inject`]: a userfaultfd out of another process
 //! - [`pidfd`]: hold a process, signal it, take a descriptor from it
 //! - [`fds`]: descriptors over a unix socket
 //! - [`poll`]: wait for a set that keeps its memory
 //! - [`sched`]: how soon a thread gets the processor
+//! - [`rseq`]: a thread in a restartable sequence
+//! - [`seccomp`]: a filter that a test workload gives itself
 //! - [`spawn`]: what a child needs between `fork` and `exec`
-//! - [`stack`]: a thread with its stack pointer where a test wants it
+//! - [`stack`]: a thread with its stack pointer, or its registers, as a test wants them
 //! - [`holder`]: a process that does nothing but keep descriptors open
 //! - [`tcp`]: socket options that the standard library lacks
 //! - [`tun`]: network devices whose packets a program reads and writes
+//! - [`anonymous`]: memory that is given back page by page
 //! - [`arena`]: memory that a test workload maps, moves and drops
 
+pub mod anonymous;
 pub mod arena;
 pub mod fds;
 pub mod holder;
+pub mod inject;
+pub mod pagemap;
 pub mod pidfd;
 pub mod poll;
+pub mod rseq;
 pub mod sched;
+pub mod seccomp;
 pub mod spawn;
 pub mod stack;
 pub mod tcp;
 pub mod tun;
 pub mod uffd;
+pub mod write_protect;

@@ -36,9 +36,9 @@ struct UffdioApi {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct UffdioRange {
-    start: u64,
-    len: u64,
+pub(crate) struct UffdioRange {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
 }
 
 #[repr(C)]
@@ -65,6 +65,12 @@ struct UffdioZeropage {
 }
 
 #[repr(C)]
+struct UffdioWriteprotect {
+    range: UffdioRange,
+    mode: u64,
+}
+
+#[repr(C)]
 struct UffdioContinue {
     range: UffdioRange,
     mode: u64,
@@ -84,6 +90,7 @@ const UFFDIO_UNREGISTER: libc::c_ulong = ior(0x01, size_of::<UffdioRange>());
 const UFFDIO_WAKE: libc::c_ulong = ior(0x02, size_of::<UffdioRange>());
 const UFFDIO_COPY: libc::c_ulong = iowr(0x03, size_of::<UffdioCopy>());
 const UFFDIO_ZEROPAGE: libc::c_ulong = iowr(0x04, size_of::<UffdioZeropage>());
+const UFFDIO_WRITEPROTECT: libc::c_ulong = iowr(0x06, size_of::<UffdioWriteprotect>());
 const UFFDIO_CONTINUE: libc::c_ulong = iowr(0x07, size_of::<UffdioContinue>());
 const UFFDIO_POISON: libc::c_ulong = iowr(0x08, size_of::<UffdioPoison>());
 
@@ -94,6 +101,7 @@ const _: () = assert!(UFFDIO_UNREGISTER == 0x8010_aa01);
 const _: () = assert!(UFFDIO_WAKE == 0x8010_aa02);
 const _: () = assert!(UFFDIO_COPY == 0xc028_aa03);
 const _: () = assert!(UFFDIO_ZEROPAGE == 0xc020_aa04);
+const _: () = assert!(UFFDIO_WRITEPROTECT == 0xc018_aa06);
 const _: () = assert!(UFFDIO_CONTINUE == 0xc020_aa07);
 const _: () = assert!(UFFDIO_POISON == 0xc020_aa08);
 
@@ -101,6 +109,7 @@ const _: () = assert!(UFFDIO_POISON == 0xc020_aa08);
 pub const FEATURES_OF_CRIU: u64 = 0x2 | 0x4 | 0x8 | 0x40;
 
 const MODE_MISSING: u64 = 1;
+const MODE_WP: u64 = 2;
 const UFFD_API: u64 = 0xAA;
 /// `UFFD_USER_MODE_ONLY`
 const USER_MODE_ONLY: libc::c_int = 1;
@@ -210,9 +219,13 @@ impl Uffd {
         // SAFETY: userfaultfd takes one int and returns a new descriptor or -1.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         let uffd = Self(owned(fd)?);
-        let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
-        uffd.ioctl(UFFDIO_API, &mut api)?;
+        uffd.negotiate(features)?;
         Ok(uffd)
+    }
+
+    /// `UFFDIO_API` on a fresh descriptor.
+    pub(crate) fn negotiate(&self, features: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_API, &mut UffdioApi { api: UFFD_API, features, ioctls: 0 })
     }
 
     /// Registers `[start, start + len)` of the owner's memory for missing pages.
@@ -220,9 +233,21 @@ impl Uffd {
     /// # Errors
     /// The errno of `UFFDIO_REGISTER`; `EBUSY` if the area belongs to another userfaultfd.
     pub fn register_missing(&self, start: u64, len: u64) -> io::Result<()> {
-        let mut register =
-            UffdioRegister { range: UffdioRange { start, len }, mode: MODE_MISSING, ioctls: 0 };
-        self.ioctl(UFFDIO_REGISTER, &mut register)
+        self.register(UffdioRange { start, len }, MODE_MISSING)
+    }
+
+    /// Registers a range for write protection.
+    pub(crate) fn register_write_protect(&self, start: u64, len: u64) -> io::Result<()> {
+        self.register(UffdioRange { start, len }, MODE_WP)
+    }
+
+    fn register(&self, range: UffdioRange, mode: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_REGISTER, &mut UffdioRegister { range, mode, ioctls: 0 })
+    }
+
+    /// Lifts write protection from a range.
+    pub(crate) fn write_unprotect(&self, range: UffdioRange) -> io::Result<()> {
+        self.ioctl(UFFDIO_WRITEPROTECT, &mut UffdioWriteprotect { range, mode: 0 })
     }
 
     /// Takes `[start, start + len)` out of the registration and wakes who waits there.

@@ -33,6 +33,40 @@ impl Bitmap {
         map
     }
 
+    /// The bits from `first` (a multiple of 8) on as bytes, the lowest bit of a byte first: at most `most` bytes. Bits of the
+    /// last byte that are past the end are clear.
+    ///
+    /// # Panics
+    /// If `first` is inside a byte.
+    #[must_use]
+    pub fn bytes_from(&self, first: u64, most: usize) -> Vec<u8> {
+        assert!(first % 8 == 0, "bit {first} is inside a byte");
+        let bytes = self.words.iter().flat_map(|word| word.to_le_bytes());
+        let (skip, len) = (first / 8, self.len.div_ceil(8));
+        let count = usize::try_from(len.saturating_sub(skip)).unwrap_or(usize::MAX).min(most);
+        bytes.skip(usize::try_from(skip).unwrap_or(usize::MAX)).take(count).collect()
+    }
+
+    /// Sets the bits that are set in `bytes`, of which the first is `first` (a multiple of 8). Says whether all of them, the set
+    /// ones and the clear ones but for the rest of the last byte, are within the map; if not, nothing was changed.
+    #[must_use]
+    pub fn set_bytes(&mut self, first: u64, bytes: &[u8]) -> bool {
+        let (skip, len) = (first / 8, self.len.div_ceil(8));
+        let spare = self.len % 8;
+        let ends = skip.checked_add(bytes.len() as u64).is_some_and(|end| {
+            let within_last = spare == 0 || end < len || bytes.last().is_none_or(|last| last >> spare == 0);
+            end <= len && within_last
+        });
+        if first % 8 != 0 || !ends {
+            return false;
+        }
+        for (at, byte) in (skip..).zip(bytes) {
+            let (word, shift) = split(at * 8);
+            self.words[word] |= u64::from(*byte) << shift;
+        }
+        true
+    }
+
     /// Number of bits.
     #[must_use]
     pub const fn len(&self) -> u64 {
@@ -92,6 +126,35 @@ impl Bitmap {
             at += bits;
         }
         changed
+    }
+
+    /// The 64 bits from `first` on, the first of them the lowest; those past the end are clear.
+    #[must_use]
+    pub fn word_at(&self, first: u64) -> u64 {
+        let (word, shift) = split(first);
+        let get = |word: usize| self.words.get(word).copied().unwrap_or(0);
+        let high = if shift == 0 { 0 } else { get(word.saturating_add(1)) << (64 - shift) };
+        (get(word) >> shift) | high
+    }
+
+    /// Sets the bits from `first` on that are set in `bits`, whose lowest is the first; does nothing past the end.
+    pub fn set_word(&mut self, first: u64, bits: u64) {
+        let (word, shift) = split(first);
+        let left = self.len.saturating_sub(first);
+        let bits = if left < BITS { bits & !(u64::MAX << left) } else { bits };
+        if let Some(low) = self.words.get_mut(word) {
+            *low |= bits << shift;
+        }
+        if let Some(high) = self.words.get_mut(word + 1).filter(|_| shift > 0) {
+            *high |= bits >> (64 - shift);
+        }
+    }
+
+    /// Clears the bits that are clear in `others`; those past its end count as clear.
+    pub fn keep_only(&mut self, others: &Self) {
+        for (at, word) in self.words.iter_mut().enumerate() {
+            *word &= others.words.get(at).copied().unwrap_or(0);
+        }
     }
 
     /// The first run of set bits in `start..end`, as first bit and first bit behind.
@@ -157,7 +220,64 @@ mod tests {
         assert!(Bitmap::clear(0).is_empty());
     }
 
+    #[test]
+    fn bytes_past_the_end_are_refused() {
+        let mut map = Bitmap::clear(20);
+        assert!(map.set_bytes(8, &[0x81, 0x0f]));
+        assert_eq!(map.count(), 6);
+        assert_eq!(map.bytes_from(0, 99), [0, 0x81, 0x0f]);
+        assert_eq!(map.bytes_from(8, 1), [0x81]);
+        assert!(map.bytes_from(24, 9).is_empty());
+        let before = map.clone();
+        assert!(!map.set_bytes(16, &[0x10]), "bit 20");
+        assert!(!map.set_bytes(16, &[0, 0]), "a byte behind the last");
+        assert!(!map.set_bytes(4, &[0]), "inside a byte");
+        assert!(!map.set_bytes(u64::MAX - 7, &[0]));
+        assert_eq!(map, before);
+    }
+
     proptest! {
+        #[test]
+        fn bytes_round_trip(bits in proptest::collection::vec(any::<bool>(), 0..300), piece in 1usize..50) {
+            let mut map = Bitmap::clear(bits.len() as u64);
+            for (bit, _) in bits.iter().enumerate().filter(|(_, set)| **set) {
+                map.set(bit as u64);
+            }
+            let mut again = Bitmap::clear(map.len());
+            let mut first = 0;
+            while first < map.len() {
+                let bytes = map.bytes_from(first, piece);
+                prop_assert!(!bytes.is_empty());
+                prop_assert!(again.set_bytes(first, &bytes));
+                first += bytes.len() as u64 * 8;
+            }
+            prop_assert_eq!(again, map);
+        }
+
+        #[test]
+        fn words_are_bits_wherever_they_begin(set in proptest::collection::vec(0u64..200, 0..40), len in 0u64..200, to in 0u64..210) {
+            let mut map = Bitmap::clear(200);
+            for bit in &set {
+                map.set(*bit);
+            }
+            for first in [0, 1, 63, 64, 65, 127, 136, 137, 199, 200, 300, u64::MAX] {
+                let word = map.word_at(first);
+                for bit in 0..64 {
+                    prop_assert_eq!(word >> bit & 1 == 1, map.get(first.saturating_add(bit)), "{} of {}", bit, first);
+                }
+            }
+            let mut copy = Bitmap::clear(len);
+            copy.set_word(to, map.word_at(3));
+            for bit in 0..300 {
+                let expected = bit >= to && bit < to + 64 && bit < len && map.get(3 + bit - to);
+                prop_assert_eq!(copy.get(bit), expected, "bit {}", bit);
+            }
+            let mut both = map.clone();
+            both.keep_only(&copy);
+            prop_assert!((0..300).all(|bit| both.get(bit) == (map.get(bit) && copy.get(bit))));
+            prop_assert_eq!(copy.count(), (0..300).filter(|bit| copy.get(*bit)).count() as u64);
+        }
+
         #[test]
         fn agrees_with_a_vector_of_bools(
             len in 1u64..300,

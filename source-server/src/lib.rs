@@ -6,6 +6,8 @@
 //! - [`preflight`], [`process`]: what would move, and what stands against it
 //! - [`dump`], [`stacks`], [`fence`], [`netlock`]: CRIU's dump, what keeps it lazy, and what keeps the tasks still or lets them run again
 //! - [`store`]: where pages wait
+//! - [`track`]: which pages are written while the tree still runs
+//! - [`precopy`]: copies of them sent ahead, round by round
 //! - [`ledger`], [`lanes`]: what was sent and acknowledged, and the threads that do it
 #![forbid(unsafe_code)]
 
@@ -18,7 +20,9 @@ pub mod limits;
 pub mod mover;
 pub mod netlock;
 pub mod page_server;
+pub mod precopy;
 pub mod preflight;
 pub mod process;
 pub mod stacks;
 pub mod store;
+pub mod track;

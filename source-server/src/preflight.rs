@@ -165,6 +165,7 @@ pub fn offer(tree: &ProcessTree, criu: &Criu, dump_options: &[OsString]) -> Offe
         name: root.name.clone(),
         pids: tree.pids(),
         memory_bytes: tree.memory_bytes(),
+        precopy_pages: 0,
         files: mapped_files(tree).iter().filter_map(|path| facts::file_check(path).ok()).collect(),
         criu_options: dump_options
             .iter()

@@ -43,6 +43,7 @@ pub fn offer() -> Offer {
         name: "nobody".into(),
         pids: vec![77_777],
         memory_bytes: 0,
+        precopy_pages: 0,
         files: vec![],
         criu_options: vec![],
     }
@@ -57,7 +58,7 @@ pub fn image(name: &str, data: &[u8]) -> Control {
 /// The end of so many images.
 #[must_use]
 pub const fn dumped(images: u32) -> Control {
-    Control::Dumped(Dumped { images, frozen_us: 1000, lazy_pages: 0 })
+    Control::Dumped(Dumped { images, frozen_us: 1000, lazy_pages: 0, clean_pages: 0 })
 }
 
 /// The bytes of a message.
@@ -104,10 +105,20 @@ impl Peer {
     #[track_caller]
     #[must_use]
     pub fn accepted(address: &str) -> (Self, [Self; 2]) {
+        Self::accepted_with(address, offer())
+    }
+
+    /// As [`Peer::accepted`], for another offer.
+    ///
+    /// # Panics
+    /// If it is refused.
+    #[track_caller]
+    #[must_use]
+    pub fn accepted_with(address: &str, offer: Offer) -> (Self, [Self; 2]) {
         let hello = new_session();
         let (mut control, answer) = Self::hello(address, &hello);
         answer.expect("an open session");
-        control.say(&Control::Offer(offer()));
+        control.say(&Control::Offer(offer));
         assert_eq!(control.receive(), Some(Control::Verdict(vec![])));
         let lanes = [Role::Fault, Role::Push].map(|role| {
             let (lane, answer) = Self::hello(address, &Hello { role, ..hello });
@@ -142,6 +153,17 @@ impl Peer {
         let mut body = vec![0; header.body_len];
         self.stream.read_exact(&mut body).ok()?;
         Some(Control::decode(header.kind, &body).expect("a message of ours"))
+    }
+
+    /// The next bytes are these.
+    ///
+    /// # Panics
+    /// If other ones come, or none.
+    #[track_caller]
+    pub fn assert_receives(&mut self, bytes: &[u8]) {
+        let mut received = vec![0; bytes.len()];
+        self.stream.read_exact(&mut received).expect("bytes");
+        assert_eq!(received, bytes);
     }
 
     /// The next message that is no image.

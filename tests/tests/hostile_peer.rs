@@ -5,11 +5,16 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use protocol::units::{ImageAddr, PageRun, TaskId};
-use protocol::wire::control::{Control, ImageChunk, Problem, Summary};
+use protocol::criu::images::{
+    self, CoreTask, Inventory, MmEntry, PageFlags, Pagemap, PagemapEntry, PagemapHead, PstreeEntry,
+    TaskState, build,
+};
+use protocol::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
+use protocol::wire::control::{Clean, Control, Dumped, ImageChunk, Offer, Problem, Summary};
 use protocol::wire::frame::{Header, Kind, TaskRun, encode_ack, encode_frame};
 use protocol::wire::hello::{Hello, HelloError, Refusal, Role, SessionSecret};
 use protocol::wire::limits::HELLO_TIMEOUT;
+use protocol::wire::precopy::{Areas, Round};
 use tests::moves::{Daemon, Plan, Side, Source};
 use tests::peer::{Impostor, Peer, Session, bytes, dumped, image, new_session, offer};
 use tests::processes;
@@ -235,6 +240,132 @@ fn images_that_are_none_are_given_up() {
         target.assert_clean();
     }
     assert!(!escape.exists());
+    target.finish();
+}
+
+const TASK: TaskId = TaskId(77_777);
+
+fn page_run(page: u64, pages: u64) -> TaskRun {
+    TaskRun { task: TASK, run: PageRun::new(ImageAddr::containing(page << 12), pages).unwrap() }
+}
+
+/// 64 pages from page 16 on.
+fn areas() -> Vec<u8> {
+    Areas { task: TASK, starts_again: false, areas: vec![page_run(16, 64).run] }.encode()
+}
+
+fn pages(page: u64, pages: u64, round: u64) -> Vec<u8> {
+    let bytes = usize::try_from(pages).unwrap() * PAGE_SIZE;
+    [&page_run(page, pages).frame(Kind::Precopy, round, bytes)[..], &vec![7; bytes]].concat()
+}
+
+fn round(number: u32, last: bool) -> Vec<u8> {
+    Round { number, last }.encode()
+}
+
+#[test]
+fn rounds_that_are_none_are_given_up() {
+    let Some(target) = Target::new() else { return };
+    let zeros = |page, pages| page_run(page, pages).frame(Kind::PrecopyZero, 1, 0).to_vec();
+    let most = 40;
+    for (what, frames, word) in [
+        ("pages of no area", vec![pages(16, 1, 1)], "no area"),
+        ("pages behind an area", vec![areas(), pages(79, 2, 1)], "no area"),
+        ("zeros before an area", vec![areas(), zeros(15, 1)], "no area"),
+        ("more pages than offered", vec![areas(), pages(16, 40, 1), pages(56, 1, 1)], "more than the 40"),
+        ("more zeros than offered", vec![areas(), zeros(16, 41)], "more than the 40"),
+        ("pages of the next round", vec![areas(), pages(16, 1, 2)], "of round 2 in round 1"),
+        ("the end of another round", vec![areas(), round(3, true)], "of round 3 in round 1"),
+        ("a round twice", vec![round(1, false), round(1, false)], "of round 1 in round 2"),
+        ("pushed pages", vec![page_run(16, 1).frame(Kind::Pages, 1, PAGE_SIZE).to_vec()], "frame kind"),
+        ("an acknowledgement", vec![encode_ack(&[page_run(16, 1)])], "frame kind"),
+        ("garbage", vec![vec![0xee; 64]], "malformed"),
+        ("areas that overlap", vec![encode_frame(Kind::Areas, 0, &[0xee; 44])], "malformed"),
+    ] {
+        println!("{what}");
+        let offer = Offer { precopy_pages: most, ..offer() };
+        let (mut control, [_fault, mut push]) = Peer::accepted_with(target.address(), offer);
+        frames.iter().for_each(|frame| push.send(frame));
+        control.assert_gives_up(word);
+        target.assert_clean();
+    }
+    // What it says beside the rounds, and where it leaves in one.
+    let offer = || Offer { precopy_pages: most, ..offer() };
+    for (message, word) in [
+        (Control::Abort("for no reason".into()), "for no reason"),
+        (image("core-1.img", b"x"), "an image while"),
+        (Control::Commit, "commit while"),
+    ] {
+        let (mut control, [_fault, mut push]) = Peer::accepted_with(target.address(), offer());
+        push.send(&[areas(), pages(16, 40, 1)].concat()[..9000]);
+        control.say(&message);
+        control.assert_gives_up(word);
+    }
+    let (mut control, [fault, mut push]) = Peer::accepted_with(target.address(), offer());
+    push.send(&areas());
+    drop(push);
+    control.assert_gives_up("closed the push lane");
+    let (control, [_fault, mut push]) = Peer::accepted_with(target.address(), offer());
+    push.send(&[areas(), pages(16, 40, 1), round(1, false)].concat());
+    push.assert_receives(&round(1, false));
+    drop((control, push, fault));
+    target.finish();
+}
+
+#[test]
+fn clean_pages_that_cannot_be_are_given_up() {
+    let Some(target) = Target::new() else { return };
+    // The images of a task with 20 lazy pages.
+    let task = PstreeEntry { pid: TASK, ppid: 0, pgid: TASK.0, sid: TASK.0, threads: vec![TASK.0] };
+    let core = CoreTask { state: TaskState::Alive, exit_code: 0, comm: "nobody".into() };
+    let vmas = vec![build::anonymous_vma(0x1_0000, 0x4_0000)];
+    let mm = MmEntry { vmas, start_stack: 0x3_0000, start_brk: 1, brk: 2, exe_file_id: 3 };
+    let lazy = PagemapEntry { run: page_run(16, 20).run, flags: PageFlags::LAZY, wide: false };
+    let pagemap = Pagemap { head: PagemapHead { pages_id: 1 }, entries: vec![lazy] };
+    let images = [
+        image("inventory.img", &images::write_inventory(&Inventory::default())),
+        image("pstree.img", &images::write_pstree(&[task])),
+        image("core-77777.img", &images::write_core(&core)),
+        image("mm-77777.img", &images::write_mm(&mm)),
+        image("pagemap-77777.img", &images::write_pagemap(&pagemap)),
+        image("pages-1.img", b""),
+    ];
+    let count = u32::try_from(images.len()).unwrap();
+    let dumped = |lazy_pages, clean_pages| {
+        Control::Dumped(Dumped { images: count, frozen_us: 1000, lazy_pages, clean_pages })
+    };
+    let piece = |first, bits: &[u8]| Control::Clean(Clean { first, bits: bits.to_vec() });
+    // Pages 16 to 31 are kept.
+    let rounds = || [areas(), pages(16, 16, 1), round(1, true)].concat();
+    for (what, messages, word) in [
+        ("more than there are", vec![dumped(20, 21)], "21 clean pages of 20"),
+        ("more than there can be", vec![dumped(u64::MAX, 1)], "which cannot be"),
+        ("a gap", vec![dumped(20, 9), piece(0, &[0xff]), piece(16, &[1])], "where page 8 was due"),
+        ("a piece twice", vec![dumped(20, 9), piece(0, &[0xff]), piece(0, &[0xff])], "where page 8 was due"),
+        ("nothing at all", vec![dumped(20, 9), piece(0, &[])], "where page 0 was due"),
+        ("pages behind the last", vec![dumped(20, 9), piece(0, &[0xff, 1, 0x10])], "behind the last"),
+        ("too few", vec![dumped(20, 9), piece(0, &[0xff, 0, 0])], "tells 8 clean pages, and counts 9"),
+        ("too many", vec![dumped(20, 9), piece(0, &[0xff, 0xff])], "tells 16 clean pages, and counts 9"),
+        ("images between", vec![dumped(20, 9), image("a.img", b"")], "an image while"),
+        ("another number of pages", vec![dumped(21, 1), piece(0, &[1, 0, 0])], "hold 20 lazy pages"),
+        (
+            "one that is not here",
+            vec![dumped(20, 1), piece(0, &[0, 0, 1])],
+            "at 0x20000 of task 77777 is here",
+        ),
+    ] {
+        println!("{what}");
+        let offer = Offer { precopy_pages: 40, ..offer() };
+        let (mut control, [_fault, mut push]) = Peer::accepted_with(target.address(), offer);
+        push.send(&rounds());
+        push.assert_receives(&round(1, true));
+        images.iter().chain(&messages).for_each(|message| control.say(message));
+        control.assert_gives_up(word);
+        target.assert_clean();
+    }
+    let (mut control, _lanes) = Peer::accepted(target.address());
+    images.iter().chain([&dumped(20, 1)]).for_each(|message| control.say(message));
+    control.assert_gives_up("there was no pre-copy");
     target.finish();
 }
 

@@ -14,7 +14,7 @@ use host::link_options::LinkOptions;
 use crate::lazy_pages::LazyPagesArguments;
 use crate::restore::PidPlace;
 use crate::serve::{ServeConfig, serve};
-use crate::session::SessionConfig;
+use crate::session::{Prefill, SessionConfig};
 use crate::{keeper, lazy_pages, pidns, preflight};
 
 /// Exit status for wrong usage and failed preflight.
@@ -87,6 +87,12 @@ struct ServeArguments {
     /// Exit after the first move, with its status
     #[arg(long)]
     once: bool,
+    /// Install what pre-copy brought before the process runs: nothing, what was written while it was copied, or all of it
+    #[arg(long, default_value = "none", value_name = "WHAT")]
+    prefill: PrefillArgument,
+    /// How long the process waits for --prefill at most; the rest is installed while it runs
+    #[arg(long, default_value = "100", value_name = "MS")]
+    prefill_ms: u64,
     /// Where a later release keeps what it needs to take over; not used yet
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -117,6 +123,13 @@ enum PidnsArgument {
     Auto,
     Host,
     New,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PrefillArgument {
+    None,
+    Hot,
+    All,
 }
 
 /// Runs what the command line says.
@@ -181,6 +194,12 @@ fn run_serve(arguments: ServeArguments) -> ExitCode {
             work_dir: arguments.work_dir,
             quiet: arguments.quiet,
             criu_options: arguments.criu_options,
+            prefill: match arguments.prefill {
+                PrefillArgument::None => Prefill::None,
+                PrefillArgument::Hot => Prefill::Hot,
+                PrefillArgument::All => Prefill::All,
+            },
+            prefill_ms: arguments.prefill_ms,
         },
         once: arguments.once,
         json: arguments.json,

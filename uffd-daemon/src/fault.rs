@@ -2,7 +2,7 @@
 //! answers. Nothing is handed to another thread between a fault and its wake.
 //!
 //! ```text
-//!   poll ─▶ uffd readable ─▶ lock family, read events, decide ─▶ zero page | ask
+//!   poll ─▶ uffd readable ─▶ lock family, read events, decide ─▶ zero page | kept here: install, wake | ask
 //!      └──▶ answer there ──▶ lock family, install, wake
 //! ```
 //!
@@ -94,7 +94,8 @@ pub struct FaultLoop<U> {
     /// By family.
     streams: Vec<Streams>,
     deferred: Vec<Deferred>,
-    zeroes: Vec<(usize, TaskAddr)>,
+    /// Faults that need nothing of the source, whose address space is changing: who was served, and where.
+    unresolved: Vec<(usize, TaskAddr)>,
     polled: PollSet,
     events: EventBuffer,
     commands: Mailbox<Command>,
@@ -128,7 +129,7 @@ impl<U: Upstream> FaultLoop<U> {
             served: Vec::new(),
             in_flight: InFlight::default(),
             deferred: Vec::new(),
-            zeroes: Vec::new(),
+            unresolved: Vec::new(),
             polled: PollSet::default(),
             events: EventBuffer::default(),
             commands,
@@ -197,7 +198,7 @@ impl<U: Upstream> FaultLoop<U> {
         }
         let timeout = if self.has_work() {
             Duration::ZERO
-        } else if !self.deferred.is_empty() || !self.zeroes.is_empty() {
+        } else if !self.deferred.is_empty() || !self.unresolved.is_empty() {
             Duration::from_millis(1)
         } else {
             let due = self.upstream.as_ref().and_then(Upstream::due);
@@ -251,6 +252,8 @@ impl<U: Upstream> FaultLoop<U> {
         let mut children = Vec::new();
         let mut zeroes: [TaskAddr; kernel::uffd::EVENTS_PER_READ] = [TaskAddr::default(); _];
         let mut zeroed = 0;
+        let mut kept: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
+        let mut local = 0;
         let mut unknown = None;
         uffd.read(&mut self.events, |event| match event {
             Event::Fault { address } => {
@@ -266,6 +269,10 @@ impl<U: Upstream> FaultLoop<U> {
                         asked += 1;
                     }
                     Resolution::Asked(_) => {}
+                    Resolution::Kept(index) => {
+                        kept[local] = Some((index, at));
+                        local += 1;
+                    }
                     Resolution::Zero => {
                         zeroes[zeroed] = at;
                         zeroed += 1;
@@ -298,6 +305,10 @@ impl<U: Upstream> FaultLoop<U> {
             // A page of a fork's copy or one that changed hands within this batch is looked at again.
             self.zero(&mut guard, position, space, *at)?;
         }
+        for (index, at) in kept.iter().flatten() {
+            self.install_kept(&mut guard, position, *index, *at)?;
+        }
+        tree.local_faults.fetch_add(local as u64, Ordering::Relaxed);
         let task = guard.task();
         tree.demands.fetch_add(asked as u64, Ordering::Relaxed);
         for (index, at) in asks.iter().flatten() {
@@ -384,9 +395,27 @@ impl<U: Upstream> FaultLoop<U> {
             Install::Done { .. } => {}
             // Installed meanwhile, or no longer an area of ours: the thread looks again.
             Install::Present | Install::Unregistered => uffd.wake(at.get(), PAGE_BYTES)?,
-            Install::Deferred => self.zeroes.push((position, at)),
+            Install::Deferred => self.unresolved.push((position, at)),
             Install::TaskGone => drop(family.exited(space)),
         }
+        Ok(())
+    }
+
+    /// Resolves a fault on a page that is kept here, and then installs those behind it.
+    fn install_kept(
+        &mut self,
+        family: &mut TaskFamily,
+        position: usize,
+        index: u64,
+        at: TaskAddr,
+    ) -> io::Result<()> {
+        if let Arrival::Blocked(_) = family.arrived_kept(index, index + 1)? {
+            self.unresolved.push((position, at));
+            return Ok(());
+        }
+        // Nobody waits for these: what cannot be installed now is installed later.
+        family.arrived_kept(index + 1, index + limits::LOCAL_FAULT_PAGES)?;
+        self.maybe_settled |= family.remote_pages() == 0;
         Ok(())
     }
 
@@ -556,7 +585,7 @@ impl<U: Upstream> FaultLoop<U> {
                 Err(_) => self.deferred.push(Deferred { asked, data, since }),
             }
         }
-        for (position, at) in std::mem::take(&mut self.zeroes) {
+        for (position, at) in std::mem::take(&mut self.unresolved) {
             let Some(served) = self.served.get(position) else { continue };
             let (family, space) = (served.family, served.space);
             let tree = self.tree.clone();
@@ -565,13 +594,14 @@ impl<U: Upstream> FaultLoop<U> {
             let result = match family.fault(space, at) {
                 Resolution::Zero => self.zero(&mut family, position, space, at),
                 Resolution::Asked(_) => Ok(()),
+                Resolution::Kept(index) => self.install_kept(&mut family, position, index, at),
                 Resolution::Ask(index) => {
                     family.not_asked(index, index + 1);
                     self.served[position].uffd.wake(at.get(), PAGE_BYTES)
                 }
             };
             if let Err(error) = result {
-                self.notify(Notice::Broken(format!("zero page failed: {error}")));
+                self.notify(Notice::Broken(format!("install failed: {error}")));
             }
         }
     }
@@ -593,8 +623,8 @@ impl<U: Upstream> FaultLoop<U> {
 
     fn drop_exited(&mut self) {
         self.maybe_settled = true;
-        if !self.running || !self.zeroes.is_empty() {
-            // Positions in `zeroes` must stay valid.
+        if !self.running || !self.unresolved.is_empty() {
+            // Positions in `unresolved` must stay valid.
             return;
         }
         let tree = self.tree.clone();

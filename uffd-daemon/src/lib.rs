@@ -6,12 +6,16 @@
 //! - [`lazy_pages`]: the drop-in for `criu lazy-pages`
 //! - [`preflight`], [`restore`], [`barrier`], [`pidns`], [`handover`]: bringing the tree up, held back
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
-//! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
+//! - [`cache`]: pages that came before the freeze, until they are installed
+//! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked;
+//!   [`background`]: how those are installed that nobody waits for
 //! - [`steering`]: where the threads of both run
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies
 #![forbid(unsafe_code)]
 
+pub mod background;
 pub mod barrier;
+pub mod cache;
 pub mod cli;
 pub mod fault;
 pub mod handover;

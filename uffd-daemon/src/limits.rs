@@ -44,3 +44,12 @@ pub const PREFETCH_START_PAGES: u64 = 4;
 /// Most pages asked for ahead at a time: 32 take about 75 us on the fault lane, which is the longest that the
 /// fault of another thread waits for them.
 pub const PREFETCH_PAGES: u64 = 32;
+/// Tasks that pre-copy may bring pages of: as many as an offer can name.
+pub const PRECOPY_TASKS_MAX: usize = protocol::wire::limits::LIST_MAX;
+/// Areas of all tasks together that pre-copy may name: 16 MiB, for 16 tasks with as many areas as the kernel lets a task have.
+pub const PRECOPY_AREAS_MAX: usize = 1 << 20;
+/// Pages installed at a fault on one that is kept here, itself included: the rest of what the push would install at a time,
+/// which spares a thread that reads on the next faults.
+pub const LOCAL_FAULT_PAGES: u64 = INSTALL_SLICE_PAGES as u64;
+/// How long a pause waits until everything is installed that is here: 64 GiB take as long.
+pub const INSTALLING_PATIENCE: Duration = Duration::from_secs(30);

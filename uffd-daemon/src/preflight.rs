@@ -5,6 +5,7 @@ use std::path::Path;
 use host::criu::Criu;
 use host::facts::{self, problem};
 use kernel::uffd::{FEATURES_OF_CRIU, Uffd};
+use protocol::units::pages_to_bytes;
 use protocol::wire::control::{Offer, Problem};
 
 use crate::restore::PidPlace;
@@ -42,12 +43,7 @@ pub fn offer_problems(offer: &Offer, criu: &Criu, place: PidPlace) -> Vec<Proble
         found.push(problem(what, "move to a CPU with the same features"));
     }
     found.extend(version_problem(&offer.criu_version, criu));
-    let free = facts::available_memory();
-    if offer.memory_bytes.saturating_add(RESERVE_BYTES) > free {
-        let mib = |bytes: u64| bytes >> 20;
-        let what = format!("{} MiB are needed, {} MiB are available", mib(offer.memory_bytes), mib(free));
-        found.push(problem(what, "free memory or move elsewhere"));
-    }
+    found.extend(memory_problem(offer, facts::available_memory()));
     if place == PidPlace::Host {
         if let Some(pid) = first_used(&offer.pids) {
             found.push(problem(format!("pid {pid} is in use"), "use --pidns auto or new"));
@@ -55,6 +51,20 @@ pub fn offer_problems(offer: &Offer, criu: &Criu, place: PidPlace) -> Vec<Proble
     }
     found.extend(offer.files.iter().filter_map(facts::check_file));
     found
+}
+
+/// What pre-copy brought gives its memory back page by page while it is installed: the larger of the two is needed, not both.
+fn memory_problem(offer: &Offer, free: u64) -> Option<Problem> {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let (restored, cache) = (offer.memory_bytes, pages_to_bytes(offer.precopy_pages));
+    if restored.saturating_add(RESERVE_BYTES) > free {
+        let what = format!("{} MiB are needed, {} MiB are available", mib(restored), free >> 20);
+        return Some(problem(what, "free memory or move elsewhere"));
+    }
+    (cache.saturating_add(RESERVE_BYTES) > free).then(|| {
+        let what = format!("pre-copy may bring {} MiB, {} MiB are available", mib(cache), free >> 20);
+        problem(what, "free memory, or move without pre-copy (--precopy-rounds 0 at the source)")
+    })
 }
 
 /// Images of a newer CRIU may hold what an older one does not know.
@@ -95,6 +105,7 @@ mod tests {
             name: "x".into(),
             pids: vec![std::process::id()],
             memory_bytes: 0,
+            precopy_pages: 0,
             files: vec![],
             criu_options: vec![],
         }
@@ -109,6 +120,20 @@ mod tests {
     #[test]
     fn what_fits_is_accepted() {
         assert!(whats(&offer(), PidPlace::Auto).is_empty());
+    }
+
+    #[test]
+    fn the_larger_of_what_is_restored_and_what_is_kept_before_must_fit() {
+        let found = |memory_bytes, precopy_pages, free| {
+            let offer = Offer { memory_bytes, precopy_pages, ..offer() };
+            memory_problem(&offer, free).map(|problem| problem.what)
+        };
+        let (gib, fits) = (1 << 30, (1 << 30) + RESERVE_BYTES);
+        assert_eq!(found(gib, 1 << 18, fits), None);
+        assert_eq!(found(gib + 1, 0, fits).unwrap(), "1025 MiB are needed, 1088 MiB are available");
+        let precopy = found(gib, (1 << 18) + 1, fits).unwrap();
+        assert_eq!(precopy, "pre-copy may bring 1025 MiB, 1088 MiB are available");
+        assert!(found(0, u64::MAX, u64::MAX - 1).is_some());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use host::waiting;
 use protocol::link::Stream;
@@ -15,8 +15,9 @@ use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, encode_ack};
 use protocol::wire::limits::RUNS_PER_ACK_MAX;
 
+use crate::background::install_slice;
 use crate::limits;
-use crate::pages::{Arrival, Blocked, Origin};
+use crate::pages::Origin;
 use crate::tree::Tree;
 
 /// Why the push ended before everything was settled.
@@ -110,7 +111,10 @@ impl PushLane {
             let pages = slice_pages.min(first + run.pages - at);
             let bytes = usize::try_from(pages_to_bytes(pages)).unwrap_or(0).min(self.slice.len());
             self.stream.receive_all(&mut self.slice[..bytes]).map_err(closed)?;
-            install_slice(&self.tree, position, at, &self.slice[..bytes])?;
+            let data = &self.slice[..bytes];
+            install_slice(&self.tree, position, (at, at + pages), |family| {
+                family.arrived(at, data, Origin::Push)
+            })?;
             at += pages;
         }
         self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
@@ -165,35 +169,5 @@ fn closed(error: io::Error) -> PushError {
     match error.kind() {
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => PushError::Closed,
         _ => PushError::Io(error),
-    }
-}
-
-/// Installs one slice, waiting as long as the address space is changing.
-fn install_slice(tree: &Tree, position: usize, first: u64, data: &[u8]) -> io::Result<()> {
-    const NAP: Duration = Duration::from_micros(100);
-    const YIELDS: u32 = 50;
-    let begun = Instant::now();
-    let mut tries = 0;
-    loop {
-        while tree.demand_waits() && tries < YIELDS {
-            // Demand goes first; the bound keeps a fault on a lost link from stopping the push.
-            tries += 1;
-            std::thread::yield_now();
-        }
-        let outcome = tree.lock_last(position).arrived(first, data, Origin::Push)?;
-        let blocked = match outcome {
-            Arrival::Settled => return Ok(()),
-            Arrival::Blocked(blocked) => blocked,
-        };
-        if blocked == Blocked::Unregistered && begun.elapsed() > limits::UNREGISTERED_PATIENCE {
-            let pages = (data.len() / PAGE_SIZE) as u64;
-            let mut family = tree.lock_last(position);
-            tracing::error!(task = %family.task(), first, pages, "area lost without an event");
-            family.give_up(first, first + pages);
-            return Ok(());
-        }
-        // The fault loop reads the event that is in the way; a fork of a large task takes a while.
-        tries += 1;
-        if tries < YIELDS { std::thread::yield_now() } else { std::thread::sleep(NAP) }
     }
 }

@@ -62,7 +62,8 @@ impl Steering {
             let (mut demands, mut quiet, mut avoided) = (0, 0, Processors::none());
             let mut pause = limits::STEERING_PAUSE;
             while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
-                let now = tree.demands.load(Ordering::Relaxed);
+                let faults = [&tree.demands, &tree.local_faults].map(|count| count.load(Ordering::Relaxed));
+                let now = faults.iter().sum();
                 quiet = if now == demands { quiet + 1 } else { 0 };
                 demands = now;
                 let mut found = Processors::none();
@@ -77,6 +78,7 @@ impl Steering {
                 if found != avoided && (forgotten || found != Processors::none()) {
                     avoided = found;
                     tree.push_thread.keep(allowed.without(found));
+                    tree.installing_thread.keep(allowed.without(found));
                     tree.fault_thread.keep(allowed.just(found.only()));
                 }
             }

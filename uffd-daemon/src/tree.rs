@@ -11,6 +11,7 @@ use protocol::units::TaskId;
 use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
+use crate::cache::Kept;
 use crate::limits;
 use crate::pages::Family;
 use crate::steering::Steered;
@@ -28,10 +29,14 @@ pub struct Tree {
     pub demand_outstanding: AtomicU32,
     /// Faults that were asked for, ever.
     pub demands: AtomicU64,
+    /// Faults on pages that were kept here, ever.
+    pub local_faults: AtomicU64,
     /// The fault loop.
     pub fault_thread: Steered,
     /// The push.
     pub push_thread: Steered,
+    /// What installs kept pages.
+    pub installing_thread: Steered,
     /// Who waits for a family and is not the push.
     urgent: AtomicU32,
     settled_at: OnceLock<Instant>,
@@ -49,8 +54,10 @@ impl Tree {
             total: map.pages(),
             demand_outstanding: AtomicU32::new(0),
             demands: AtomicU64::new(0),
+            local_faults: AtomicU64::new(0),
             fault_thread: Steered::default(),
             push_thread: Steered::default(),
+            installing_thread: Steered::default(),
             urgent: AtomicU32::new(0),
             settled_at: OnceLock::new(),
         })
@@ -112,6 +119,25 @@ impl Tree {
         // A panic of another thread cannot leave a family half-changed in a way that loses pages: bits are
         // cleared only after a page was installed.
         self.families[position].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These pages are here already, of each family in order.
+    pub fn keep(&self, kept: Vec<Kept>) {
+        for (position, kept) in kept.into_iter().enumerate().take(self.families.len()) {
+            self.lock(position).keep(kept);
+        }
+    }
+
+    /// Pages that pre-copy brought and that are not installed yet.
+    #[must_use]
+    pub fn kept_pages(&self) -> u64 {
+        (0..self.len()).map(|position| self.lock(position).kept().map_or(0, Kept::pages)).sum()
+    }
+
+    /// Whether every task was handed over.
+    #[must_use]
+    pub fn is_restored(&self) -> bool {
+        (0..self.len()).all(|position| self.lock(position).is_restored())
     }
 
     /// Pages some space still misses.
@@ -177,6 +203,8 @@ impl Tree {
             sum.lazy += counts.lazy;
             sum.demand += counts.demand;
             sum.push += counts.push;
+            sum.precopied += counts.precopied;
+            sum.zero += counts.zero;
             sum.gone += counts.gone;
             sum.redundant += counts.redundant;
         }

@@ -126,6 +126,7 @@ impl Control {
             Self::Released => "released",
             Self::Abort(_) => "abort",
             Self::RolledBack => "rolled back",
+            Self::Clean(_) => "clean pages",
         }
     }
 

@@ -19,6 +19,8 @@ pub enum Control {
     Image(ImageChunk),
     /// Source: that was the last image.
     Dumped(Dumped),
+    /// Source: which lazy pages the destination has already.
+    Clean(Clean),
     /// Destination: restored, held before the first instruction.
     Prepared,
     /// Source: run. From here on the source never runs again.
@@ -54,6 +56,8 @@ pub struct Offer {
     pub pids: Vec<u32>,
     /// Bytes of memory the tree uses now.
     pub memory_bytes: u64,
+    /// Most pages that pre-copy may have the destination keep at once; none without pre-copy.
+    pub precopy_pages: u64,
     /// Files that must be there with the same content.
     pub files: Vec<FileCheck>,
     /// Options of the dump that the restore needs as well.
@@ -108,6 +112,18 @@ pub struct Dumped {
     pub frozen_us: u64,
     /// Lazy pages in the images, as the source counts them.
     pub lazy_pages: u64,
+    /// How many of them pre-copy brought and nobody has written since. With any, `Clean` follows for all lazy pages.
+    pub clean_pages: u64,
+}
+
+/// Which pages of a piece of the lazy map pre-copy brought and nobody has written since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Clean {
+    /// Number of the first page of the piece; a multiple of 8.
+    pub first: u64,
+    /// A bit for each page, the lowest of a byte first; at most [`limits::CLEAN_PIECE_MAX`] bytes. Pieces follow one
+    /// another, and the last one ends with the byte of the last page.
+    pub bits: Vec<u8>,
 }
 
 /// Where the lazy pages came from: `lazy = demand + push + precopied + zero + gone`.
@@ -184,8 +200,12 @@ impl Control {
                 Kind::Image
             }
             Self::Dumped(dumped) => {
-                body.u32(dumped.images).u64(dumped.frozen_us).u64(dumped.lazy_pages);
+                body.u32(dumped.images).u64(dumped.frozen_us).u64(dumped.lazy_pages).u64(dumped.clean_pages);
                 Kind::Dumped
+            }
+            Self::Clean(clean) => {
+                body.u64(clean.first).blob(&clean.bits);
+                Kind::Clean
             }
             Self::Prepared => Kind::Prepared,
             Self::Commit => Kind::Commit,
@@ -222,7 +242,9 @@ impl Control {
                 images: fields.u32("image count")?,
                 frozen_us: fields.u64("frozen time")?,
                 lazy_pages: fields.u64("lazy pages")?,
+                clean_pages: fields.u64("clean pages")?,
             }),
+            Kind::Clean => Self::Clean(Clean::decode(&mut fields)?),
             Kind::Prepared => Self::Prepared,
             Kind::Commit => Self::Commit,
             Kind::Running => Self::Running,
@@ -249,6 +271,7 @@ impl Offer {
                 body.u32(*pid);
             })
             .u64(self.memory_bytes)
+            .u64(self.precopy_pages)
             .list(&self.files, |body, file| {
                 body.string(&file.path).u64(file.size).blob(&file.build_id);
             })
@@ -267,6 +290,7 @@ impl Offer {
             name: fields.string("name")?,
             pids: fields.list("pids", |fields| fields.u32("pid"))?,
             memory_bytes: fields.u64("memory")?,
+            precopy_pages: fields.u64("pre-copy pages")?,
             files: fields.list("files", |fields| {
                 Ok(FileCheck {
                     path: fields.string("path")?,
@@ -297,6 +321,16 @@ impl ImageChunk {
             return Err(CodecError::Bound { field: "image size", value: size, max: limits::IMAGE_SIZE_MAX });
         }
         Ok(Self { name, size, offset, data })
+    }
+}
+
+impl Clean {
+    fn decode(fields: &mut Decoder<'_>) -> Result<Self, CodecError> {
+        let first = fields.u64("first clean page")?;
+        if first % 8 != 0 {
+            return Err(CodecError::Meaning { field: "first clean page", value: first });
+        }
+        Ok(Self { first, bits: fields.blob(limits::CLEAN_PIECE_MAX, "clean pages")?.to_vec() })
     }
 }
 
@@ -366,6 +400,7 @@ mod tests {
             name: "redis".into(),
             pids: vec![12, 13],
             memory_bytes: 1 << 30,
+            precopy_pages: 1 << 18,
             files: vec![FileCheck { path: "/usr/bin/redis".into(), size: 9, build_id: vec![1, 2] }],
             criu_options: vec!["--tcp-established".into()],
         };
@@ -378,7 +413,8 @@ mod tests {
             Control::Offer(offer),
             Control::Verdict(vec![Problem { what: "a".into(), remedy: "b".into() }]),
             Control::Image(chunk),
-            Control::Dumped(Dumped { images: 3, frozen_us: 4, lazy_pages: 5 }),
+            Control::Dumped(Dumped { images: 3, frozen_us: 4, lazy_pages: 5, clean_pages: 2 }),
+            Control::Clean(Clean { first: 8, bits: vec![1, 0x80] }),
             Control::Prepared,
             Control::Commit,
             Control::Running,
@@ -424,6 +460,12 @@ mod tests {
             let (kind, body) = Control::Image(chunk).encode();
             assert!(Control::decode(kind, &body).is_err(), "{size} {offset}");
         }
+    }
+
+    #[test]
+    fn clean_pages_begin_at_a_byte() {
+        let (kind, body) = Control::Clean(Clean { first: 4, bits: vec![1] }).encode();
+        assert!(Control::decode(kind, &body).is_err());
     }
 
     #[test]

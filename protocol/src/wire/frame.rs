@@ -9,11 +9,11 @@
 //!                                                  8  u64  address
 //! ```
 //!
-//! `Pages` has `pages * 4096` bytes of data; `Demand`, `Prefetch`, `Settled` and `Declined` have none. An answer on the
-//! fault lane carries the id of the question; on the push lane the id counts frames.
+//! `Pages` and `Precopy` have `pages * 4096` bytes of data; the other kinds that begin with a run have none. An answer on
+//! the fault lane carries the id of the question; on the push lane the id counts frames.
 
 use super::codec::{CodecError, Decoder, bounded};
-use super::limits;
+use super::{limits, precopy};
 use crate::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
 
 /// Bytes of a frame header.
@@ -49,6 +49,8 @@ pub enum Kind {
     Abort = 10,
     /// The destination is clean.
     RolledBack = 11,
+    /// Which lazy pages the destination has already, as they were when the tasks were frozen.
+    Clean = 12,
     /// The destination asks for pages.
     Demand = 16,
     /// Pages, demanded or pushed.
@@ -61,6 +63,14 @@ pub enum Kind {
     Prefetch = 20,
     /// The answer to a `Prefetch` whose first page was sent before.
     Declined = 21,
+    /// Pages of a task that still runs, by address.
+    Precopy = 22,
+    /// Pages of a task that still runs which hold zeros.
+    PrecopyZero = 23,
+    /// Where a task that still runs has memory that can be lazy.
+    Areas = 24,
+    /// A round of pre-copy is over.
+    Round = 25,
 }
 
 impl Kind {
@@ -77,12 +87,17 @@ impl Kind {
             9 => Self::Released,
             10 => Self::Abort,
             11 => Self::RolledBack,
+            12 => Self::Clean,
             16 => Self::Demand,
             17 => Self::Pages,
             18 => Self::Settled,
             19 => Self::Ack,
             20 => Self::Prefetch,
             21 => Self::Declined,
+            22 => Self::Precopy,
+            23 => Self::PrecopyZero,
+            24 => Self::Areas,
+            25 => Self::Round,
             _ => return None,
         })
     }
@@ -90,9 +105,11 @@ impl Kind {
     /// Largest body of this kind.
     const fn body_max(self) -> usize {
         match self {
-            Self::Demand | Self::Prefetch | Self::Settled | Self::Declined => RUN_LEN,
-            Self::Pages => RUN_LEN + limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE,
+            Self::Demand | Self::Prefetch | Self::Settled | Self::Declined | Self::PrecopyZero => RUN_LEN,
+            Self::Pages | Self::Precopy => RUN_LEN + limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE,
             Self::Ack => 4 + limits::RUNS_PER_ACK_MAX * RUN_LEN,
+            Self::Areas => precopy::AREAS_HEAD + limits::AREAS_MAX * precopy::AREA_LEN,
+            Self::Round => precopy::ROUND_LEN,
             _ => limits::CONTROL_BODY_MAX,
         }
     }
@@ -193,16 +210,16 @@ impl TaskRun {
     }
 }
 
-/// A frame that begins with a run: of a lane, and no `Ack`.
+/// A frame that begins with a run: of a lane, and none of `Ack`, `Areas` and `Round`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunFrame {
-    /// Of a lane, and no `Ack`.
+    /// One that begins with a run.
     pub kind: Kind,
     /// Request id or counter.
     pub id: u64,
     /// Whose pages and which.
     pub what: TaskRun,
-    /// Bytes of page data that follow: `pages * 4096` for `Pages`, else 0.
+    /// Bytes of page data that follow: `pages * 4096` for `Pages` and `Precopy`, else 0.
     pub data_len: usize,
 }
 
@@ -216,12 +233,16 @@ impl RunFrame {
         let header = Header::decode(head)?;
         let max = match header.kind {
             Kind::Demand | Kind::Prefetch => limits::PAGES_PER_REQUEST_MAX,
-            Kind::Pages | Kind::Settled | Kind::Declined => limits::PAGES_PER_FRAME_MAX,
+            Kind::Pages | Kind::Settled | Kind::Declined | Kind::Precopy | Kind::PrecopyZero => {
+                limits::PAGES_PER_FRAME_MAX
+            }
             other => return Err(CodecError::Meaning { field: "frame kind here", value: other as u64 }),
         };
         let what = TaskRun::decode(&mut Decoder::new(run), max)?;
         let data_len = match header.kind {
-            Kind::Pages => usize::try_from(what.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE),
+            Kind::Pages | Kind::Precopy => {
+                usize::try_from(what.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE)
+            }
             _ => 0,
         };
         if header.body_len != RUN_LEN + data_len {

@@ -26,6 +26,11 @@ pub const IMAGE_COUNT_MAX: u32 = 1 << 20;
 pub const PAGES_PER_FRAME_MAX: u32 = 256;
 /// Most pages one demand request may ask for.
 pub const PAGES_PER_REQUEST_MAX: u32 = 256;
+/// Most areas of a task that a frame names (1 MiB); `vm.max_map_count` is 65,530 by default. Who has more says less
+/// exactly: neighbouring areas as one.
+pub const AREAS_MAX: usize = 65_536;
+/// Largest piece of the clean pages' bits in one message (512 Ki pages).
+pub const CLEAN_PIECE_MAX: usize = 64 << 10;
 /// Most runs in one acknowledgement frame.
 pub const RUNS_PER_ACK_MAX: usize = 4096;
 

@@ -7,7 +7,9 @@
 //!            ◀───────────────────────────── Verdict
 //!   fault    hello ─────────────────────────────▶  lanes are up before anything is frozen
 //!   push     hello ─────────────────────────────▶
-//!   control  Image … Dumped ────────────────────▶  restore starts
+//!   push     Areas, Precopy … Round ────────────▶  only with pre-copy, while the tasks run
+//!            ◀─────────────────────────────── Round
+//!   control  Image … Dumped, Clean … ───────────▶  restore starts
 //!   fault    ◀────────────────── Demand / Pages ▶  from the hand-over on
 //!   control  ◀──────────────────────────── Prepared  tasks are restored, held before their first instruction
 //!            Commit ────────────────────────────▶  the switchover: from here the source never runs again
@@ -26,4 +28,5 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod limits;
+pub mod precopy;
 pub mod switchover;

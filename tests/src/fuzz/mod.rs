@@ -15,6 +15,7 @@ pub mod corpus;
 pub mod criu;
 pub mod images;
 pub mod mutation;
+pub mod page_cache;
 pub mod page_space;
 pub mod seeds;
 pub mod source;
@@ -49,6 +50,7 @@ pub const TARGETS: &[Target] = &[
     target("frames", wire::fuzz_frames),
     target("acknowledgement", wire::fuzz_acknowledgement),
     target("control", wire::fuzz_control),
+    target("precopy", wire::fuzz_precopy),
     target("page_server", criu::fuzz_page_server),
     target("handover", criu::fuzz_handover),
     target("criu_version", criu::fuzz_criu_version),
@@ -62,6 +64,7 @@ pub const TARGETS: &[Target] = &[
     target("tls_records", protocol::link::tls::fuzzing::fuzz_tls_records),
     slow_target("fault_lane", streams::fuzz_fault_lane),
     slow_target("page_server_answers", streams::fuzz_page_server_answers),
+    target("page_cache", page_cache::fuzz_page_cache),
     target("page_space", page_space::fuzz_page_space),
     target("prefetch", page_space::fuzz_prefetch),
     target("in_flight", page_space::fuzz_in_flight),

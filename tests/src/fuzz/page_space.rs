@@ -9,8 +9,12 @@ use std::time::Instant;
 
 use arbitrary::{Arbitrary, Unstructured};
 use kernel::uffd::Install;
+use protocol::bitmap::Bitmap;
 use protocol::lazy_map::{LazyMap, TaskMap};
-use protocol::units::{ImageAddr, PAGE_SIZE, PageRun, TaskAddr, TaskId};
+use protocol::units::{ImageAddr, PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, TaskId};
+use protocol::wire::frame::TaskRun;
+use protocol::wire::precopy::{Areas, Round};
+use uffd_daemon::cache::{Kept, PageCache};
 use uffd_daemon::inflight::{Asked, InFlight, Purpose};
 use uffd_daemon::limits::PREFETCH_PAGES;
 use uffd_daemon::pages::{Arrival, Family, Installer, Origin, Resolution, SpaceId};
@@ -22,11 +26,15 @@ const PAGES_MAX: u64 = 64;
 const SPACES_MAX: usize = 6;
 /// What a page holds that the task wrote itself.
 const OWN: u8 = 0xff;
+/// What a page of zeros counts as.
+const ZEROS: u8 = 0xfe;
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Op {
     Fault { space: u8, page: u8 },
     Arrived { first: u8, pages: u8, demanded: bool, trouble: Option<Trouble> },
+    ArrivedKept { first: u8, pages: u8, trouble: Option<Trouble> },
+    NextKept { hot: bool, most: u8 },
     Removed { space: u8, page: u8, pages: u8 },
     Unmapped { space: u8, page: u8, pages: u8 },
     Remapped { space: u8, from: u8, to: u8, pages: u8 },
@@ -71,11 +79,10 @@ struct Kernel {
     done: Rc<RefCell<Vec<Done>>>,
 }
 
-impl Installer for Kernel {
-    fn copy(&self, at: TaskAddr, data: &[u8]) -> io::Result<Install> {
+impl Kernel {
+    fn put(&self, at: TaskAddr, contents: impl Iterator<Item = u8>) -> io::Result<Install> {
         let page = at.get() >> 12;
         let mut done = self.done.borrow_mut();
-        let contents = data.chunks_exact(PAGE_SIZE).map(|page| page[0]);
         let most = match self.trouble.take() {
             Some(Trouble::Changing) => return Ok(Install::Deferred),
             Some(Trouble::Unregistered) => return Ok(Install::Unregistered),
@@ -94,9 +101,15 @@ impl Installer for Kernel {
         done.extend((page..).zip(contents).take(most).map(|(page, content)| Done::Installed(page, content)));
         Ok(Install::Done { pages: (done.len() - before) as u64 })
     }
+}
 
-    fn zero(&self, _: TaskAddr, _: u64) -> io::Result<Install> {
-        panic!("a family never zeroes")
+impl Installer for Kernel {
+    fn copy(&self, at: TaskAddr, data: &[u8]) -> io::Result<Install> {
+        self.put(at, data.chunks_exact(PAGE_SIZE).map(|page| page[0]))
+    }
+
+    fn zero(&self, at: TaskAddr, bytes: u64) -> io::Result<Install> {
+        self.put(at, (0..bytes / PAGE_BYTES).map(|_| ZEROS))
     }
 
     fn wake(&self, _: TaskAddr, bytes: u64) -> io::Result<()> {
@@ -142,13 +155,16 @@ impl Table {
 struct Rig {
     family: Family<Kernel>,
     map: TaskMap,
+    tree: LazyMap,
     ids: Vec<SpaceId>,
     /// By space; `None` once it is gone.
     tables: Vec<Option<Table>>,
     kernels: Vec<Kernel>,
     asked: BTreeSet<u64>,
-    by_demand: BTreeSet<u64>,
-    by_push: BTreeSet<u64>,
+    /// What pre-copy brought: whether it is zeros, and in which round it came.
+    kept: BTreeMap<u64, (bool, u8)>,
+    came: BTreeSet<u64>,
+    came_by: [u64; 4],
     reported: BTreeSet<u64>,
     redundant: u64,
 }
@@ -158,13 +174,17 @@ fn addr(page: u64) -> TaskAddr {
 }
 
 /// One family and the spaces that fork from it, against tables and sets. First its runs (how many, then gap and length of
-/// each), then operations.
+/// each), then what pre-copy brought, then operations.
 ///
 /// # Panics
 /// If something is wrong.
 pub fn fuzz_page_space(data: &[u8]) {
     let mut input = Unstructured::new(data);
     let Ok(mut rig) = Rig::new(&mut input) else { return };
+    // Half of the moves begin without pre-copy.
+    if let Ok((true, which, zeros)) = input.arbitrary::<(bool, u64, u64)>() {
+        rig.keep(which, zeros);
+    }
     while !input.is_empty() {
         let Ok(op) = input.arbitrary::<Op>() else { return };
         rig.apply(op);
@@ -184,7 +204,8 @@ impl Rig {
         // Another task before this one: indices of the family and of the whole map differ.
         let before = PageRun::new(ImageAddr::containing(16 << 12), 7).expect("a run");
         let map = LazyMap::new([(TaskId(1), vec![before]), (TaskId(2), runs)]).expect("a small map");
-        let map = map.task(TaskId(2)).expect("the second task").clone();
+        let tree = map;
+        let map = tree.task(TaskId(2)).expect("the second task").clone();
         let mut index_at = BTreeMap::new();
         for index in 0..map.pages {
             let (addr, _) = map.locate(map.first + index).expect("a page of the map");
@@ -197,14 +218,53 @@ impl Rig {
             ids: vec![family.restored(kernel.clone())],
             family,
             map,
+            tree,
             tables: vec![Some(table)],
             kernels: vec![kernel],
             asked: BTreeSet::new(),
-            by_demand: BTreeSet::new(),
-            by_push: BTreeSet::new(),
+            kept: BTreeMap::new(),
+            came: BTreeSet::new(),
+            came_by: [0; 4],
             reported: BTreeSet::new(),
             redundant: 0,
         })
+    }
+
+    /// Pre-copy brought some of the pages: those of `which`, of which those of `zeros` hold nothing; the first ones again in
+    /// a second round.
+    fn keep(&mut self, which: u64, zeros: u64) {
+        let map = &self.map;
+        let mut cache = PageCache::new(PAGES_MAX);
+        let areas = || Areas {
+            task: map.id,
+            starts_again: false,
+            areas: map.runs.iter().map(|indexed| indexed.run).collect(),
+        };
+        let mut clean = Bitmap::clear(map.first + map.pages);
+        for round in [1_u8, 2] {
+            cache.areas(areas()).expect("few areas");
+            for index in (0..map.pages).filter(|index| which >> index & 1 == 1) {
+                if round == 2 && index % 3 > 0 {
+                    continue;
+                }
+                let (addr, _) = map.locate(map.first + index).expect("a page of the map");
+                let what = TaskRun { task: map.id, run: PageRun::new(addr, 1).expect("a page") };
+                let zero = zeros >> index & 1 == 1;
+                let content = u8::try_from(index).expect("few pages");
+                let fill = |page: &mut [u8]| {
+                    page.fill(content);
+                    Ok(())
+                };
+                let put =
+                    if zero { cache.zero(what, round.into()) } else { cache.fill(what, round.into(), fill) };
+                put.expect("there is room");
+                clean.set(map.first + index);
+                self.kept.insert(index, (zero, round));
+            }
+            cache.end_round(Round { number: round.into(), last: round == 2 }).expect("the round that runs");
+        }
+        let (mut kept, _) = cache.into_clean(&self.tree, &clean).expect("everything is kept");
+        self.family.keep(kept.pop().expect("the last task"));
     }
 
     fn is_missing(&self, index: u64) -> bool {
@@ -224,6 +284,10 @@ impl Rig {
                 let origin = if demanded { Origin::Demand } else { Origin::Push };
                 self.arrived(self.range(first, pages), origin, trouble);
             }
+            Op::ArrivedKept { first, pages, trouble } => {
+                self.arrived_kept(self.range(first, pages), trouble);
+            }
+            Op::NextKept { hot, most } => self.next_kept(if hot { 2 } else { 0 }, u64::from(most) % 24 + 1),
             Op::Removed { space, page, pages } => {
                 let (slot, range) = (self.slot(space), places(page, pages));
                 self.family.removed(self.ids[slot], addr(range.start), addr(range.end));
@@ -253,8 +317,7 @@ impl Rig {
             Op::Announced { first, pages } => {
                 let range = self.range(first, pages);
                 self.family.announced(range.start, range.end - range.start);
-                let came = |index: &u64| self.by_demand.contains(index) || self.by_push.contains(index);
-                self.redundant += range.filter(came).count() as u64;
+                self.redundant += range.filter(|index| self.came.contains(index)).count() as u64;
             }
             Op::NotAsked { first, pages } => {
                 let range = self.range(first, pages);
@@ -265,6 +328,7 @@ impl Rig {
                 let range = self.range(first, pages);
                 self.family.give_up(range.start, range.end);
                 self.asked.retain(|index| !range.contains(index));
+                self.kept.retain(|index, _| !range.contains(index));
                 for table in self.tables.iter_mut().flatten() {
                     table.remote.retain(|index| !range.contains(index));
                 }
@@ -297,6 +361,7 @@ impl Rig {
         let remote = |table: &Table| table.index_at.get(&page).copied().filter(|i| table.remote.contains(i));
         let expected = match table.and_then(remote) {
             None => Resolution::Zero,
+            Some(index) if self.kept.contains_key(&index) => Resolution::Kept(index),
             Some(index) if self.asked.insert(index) => Resolution::Ask(index),
             Some(index) => Resolution::Asked(index),
         };
@@ -322,23 +387,64 @@ impl Rig {
         let content = |index: u64| u8::try_from(index).expect("few pages");
         let data: Vec<u8> = range.clone().flat_map(|index| [content(index); PAGE_SIZE]).collect();
         let arrival = self.family.arrived(range.start, &data, origin).expect("the model takes it");
+        self.follow_all(|_, _| origin);
+        self.check_arrival(arrival, trouble, &range.clone().collect::<Vec<_>>());
+        if arrival == Arrival::Settled {
+            self.asked.retain(|index| !range.contains(index));
+            self.kept.retain(|index, _| !range.contains(index));
+        }
+    }
+
+    fn arrived_kept(&mut self, range: Range<u64>, trouble: Option<Trouble>) {
+        if let Some(kernel) = self.kernels.last() {
+            kernel.trouble.set(trouble);
+        }
+        let kept: Vec<u64> = self.kept.range(range.clone()).map(|(index, _)| *index).collect();
+        let arrival = self.family.arrived_kept(range.start, range.end).expect("the model takes it");
+        self.follow_all(|rig, index| if rig.kept[&index].0 { Origin::Zero } else { Origin::Precopied });
+        self.check_arrival(arrival, trouble, &kept);
+        for index in kept {
+            if !self.family.kept().is_some_and(|kept| kept.has(index)) {
+                assert!(!self.is_missing(index), "dropped, and still missing");
+                self.kept.remove(&index);
+                self.asked.remove(&index);
+            } else {
+                assert_ne!(arrival, Arrival::Settled, "settled, and still kept");
+            }
+        }
+    }
+
+    fn next_kept(&mut self, least: u8, most: u64) {
+        let next = self.family.next_kept(least, most);
+        let round = self.kept.values().map(|(_, round)| *round).filter(|round| *round >= least).max();
+        let first = self.kept.iter().find(|(_, (_, of))| Some(*of) == round).map(|(index, _)| *index);
+        assert_eq!(next.as_ref().map(|next| next.start), first);
+        if let Some(mut next) = next {
+            assert!(next.end - next.start <= most && next.all(|index| Some(self.kept[&index].1) == round));
+        }
+    }
+
+    fn follow_all(&mut self, origin: impl Fn(&Self, u64) -> Origin) {
         self.kernels.iter().for_each(|kernel| kernel.trouble.set(None));
         for slot in 0..self.kernels.len() {
             for done in self.kernels[slot].done.take() {
-                self.follow(slot, done, origin);
+                self.follow(slot, done, &origin);
             }
         }
+    }
+
+    fn check_arrival(&self, arrival: Arrival, trouble: Option<Trouble>, pages: &[u64]) {
+        let missing = pages.iter().any(|index| self.is_missing(*index));
         if arrival == Arrival::Settled {
-            assert!(!range.clone().any(|index| self.is_missing(index)), "settled, and still missing");
-            self.asked.retain(|index| !range.contains(index));
+            assert!(!missing, "settled, and still missing");
         } else {
             assert!(matches!(trouble, Some(Trouble::Changing | Trouble::Unregistered)), "{arrival:?}");
-            assert!(range.clone().any(|index| self.is_missing(index)), "blocked, and nothing missing");
+            assert!(missing, "blocked, and nothing missing");
         }
     }
 
     /// What the kernel did must be what the table allows.
-    fn follow(&mut self, slot: usize, done: Done, origin: Origin) {
+    fn follow(&mut self, slot: usize, done: Done, origin: impl Fn(&Self, u64) -> Origin) {
         let (page, content) = match done {
             Done::Installed(page, content) => (page, Some(content)),
             Done::Present(page) => (page, None),
@@ -347,26 +453,25 @@ impl Rig {
                 return;
             }
         };
-        let table = self.tables[slot].as_mut().expect("nothing is installed in a space that is gone");
+        let table = self.tables[slot].as_ref().expect("nothing is installed in a space that is gone");
         let index = table.index_at.get(&page).copied().expect("only lazy pages are installed");
+        let origin = origin(self, index);
+        let expected = if origin == Origin::Zero { ZEROS } else { u8::try_from(index).expect("few pages") };
+        let table = self.tables[slot].as_mut().expect("it was there a moment ago");
         assert!(table.remote.remove(&index), "page {page} was filled again");
         match content {
-            Some(content) => assert_eq!(u64::from(content), index, "page {page} has another's content"),
+            Some(content) => assert_eq!(content, expected, "page {page} has another's content"),
             None => self.redundant += 1,
         }
         let old = table.memory.insert(page, content.unwrap_or(OWN));
         assert_eq!(old, None, "page {page} was there");
-        let (mine, other) = match origin {
-            Origin::Demand => (&mut self.by_demand, &self.by_push),
-            Origin::Push => (&mut self.by_push, &self.by_demand),
-        };
-        if !other.contains(&index) {
-            mine.insert(index);
-        }
+        self.came_by[origin as usize] += u64::from(self.came.insert(index));
     }
 
     fn fetch(&mut self, from: u64, most: u64) {
-        let wanted = |index: &u64| self.is_missing(*index) && !self.asked.contains(index);
+        let wanted = |index: &u64| {
+            self.is_missing(*index) && !self.asked.contains(index) && !self.kept.contains_key(index)
+        };
         let wanted: BTreeSet<u64> = (from..self.map.pages).filter(wanted).collect();
         let fetched = self.family.next_to_fetch(from, most);
         assert_eq!(fetched.map(|(first, _)| first), wanted.first().copied());
@@ -386,8 +491,10 @@ impl Rig {
             let step = i64::try_from(step).ok()?.checked_mul(ahead.stride)?;
             ahead.first.checked_add_signed(step).filter(|index| *index < self.map.pages)
         });
-        let expected: BTreeSet<u64> =
-            steps.filter(|index| self.is_missing(*index) && !self.asked.contains(index)).collect();
+        let expected: BTreeSet<u64> = steps
+            .filter(|index| self.is_missing(*index))
+            .filter(|index| !self.asked.contains(index) && !self.kept.contains_key(index))
+            .collect();
         let mut runs = Vec::new();
         self.family.ask_ahead(ahead, |first, run| runs.push((first, run)));
         let asked: Vec<u64> = runs.iter().flat_map(|(first, run)| *first..first + run.pages).collect();
@@ -428,8 +535,12 @@ impl Rig {
         let remote = self.tables.iter().flatten().map(|table| table.remote.len() as u64);
         assert_eq!(self.family.remote_pages(), remote.sum::<u64>());
         let counts = self.family.counts();
-        assert_eq!(counts.lazy, counts.demand + counts.push + counts.gone);
-        assert_eq!((counts.demand, counts.push), (self.by_demand.len() as u64, self.by_push.len() as u64));
+        let came_by = [counts.demand, counts.push, counts.precopied, counts.zero];
+        assert_eq!(came_by, self.came_by);
+        assert_eq!(counts.lazy, came_by.iter().sum::<u64>() + counts.gone);
+        let kept = self.family.kept();
+        assert_eq!(kept.map_or(0, Kept::pages), self.kept.len() as u64);
+        assert!(self.kept.keys().all(|index| kept.is_some_and(|kept| kept.has(*index))));
         assert_eq!(counts.redundant, self.redundant);
         assert_eq!(self.family.all_acknowledged(), self.reported.len() as u64 == self.map.pages);
     }

@@ -9,10 +9,11 @@ use protocol::criu::images::{
 use protocol::criu::page_server::{Command, Header as CriuHeader, HeaderLayout, MAX_HEADER_LEN};
 use protocol::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
 use protocol::wire::control::{
-    Control, Dumped, FileCheck, ImageChunk, LatencySummary, Offer, PageCounts, Problem, Summary,
+    Clean, Control, Dumped, FileCheck, ImageChunk, LatencySummary, Offer, PageCounts, Problem, Summary,
 };
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, TaskRun, encode_ack};
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret, encode_reply};
+use protocol::wire::precopy::{Areas, Round};
 
 use super::images::FILES;
 
@@ -66,6 +67,8 @@ fn wire(add: &mut Add<'_>) {
         (Kind::Pages, 2 * PAGE_SIZE),
         (Kind::Settled, 0),
         (Kind::Declined, 0),
+        (Kind::Precopy, 2 * PAGE_SIZE),
+        (Kind::PrecopyZero, 0),
     ] {
         let frame = what.frame(kind, 3, data_len);
         add("frames", &format!("{kind:?}").to_lowercase(), frame.to_vec());
@@ -75,6 +78,10 @@ fn wire(add: &mut Add<'_>) {
     let runs = [what, TaskRun { task: TaskId(13), run: run(1, 1) }];
     add("acknowledgement", "two", encode_ack(&runs)[HEADER_LEN..].to_vec());
     add("acknowledgement", "none", encode_ack(&[])[HEADER_LEN..].to_vec());
+    let areas =
+        Areas { task: TaskId(12), starts_again: true, areas: vec![run(16, 4), run(20, 1), run(64, 9)] };
+    add("precopy", "areas", areas.encode()[HEADER_LEN..].to_vec());
+    add("precopy", "round", Round { number: 3, last: true }.encode()[HEADER_LEN..].to_vec());
     for message in messages() {
         let (kind, body) = message.encode();
         let head = Header { kind, id: 1, body_len: body.len() }.encode();
@@ -93,6 +100,7 @@ fn messages() -> Vec<Control> {
         name: "redis-server".into(),
         pids: vec![12, 13, 14],
         memory_bytes: 1 << 30,
+        precopy_pages: 1 << 18,
         files: vec![
             FileCheck { path: "/usr/bin/redis-server".into(), size: 9, build_id: vec![7; 20] },
             FileCheck { path: "/lib/libc.so.6".into(), size: 10, build_id: vec![] },
@@ -107,7 +115,8 @@ fn messages() -> Vec<Control> {
         Control::Offer(offer),
         Control::Verdict(vec![problem("no criu"), problem("no memory")]),
         Control::Image(image),
-        Control::Dumped(Dumped { images: 3, frozen_us: 4, lazy_pages: 5 }),
+        Control::Dumped(Dumped { images: 3, frozen_us: 4, lazy_pages: 5, clean_pages: 2 }),
+        Control::Clean(Clean { first: 8, bits: vec![1, 0x80] }),
         Control::Prepared,
         Control::Commit,
         Control::Running,
@@ -263,7 +272,7 @@ fn streams(add: &mut Add<'_>) {
 
 /// Bytes that stand for operations: any do, and mutation finds the rest.
 fn operations(add: &mut Add<'_>) {
-    for target in ["page_space", "ledger", "bitmap", "prefetch", "in_flight", "push_order"] {
+    for target in ["page_space", "page_cache", "ledger", "bitmap", "prefetch", "in_flight", "push_order"] {
         for number in 0..6_u64 {
             let mut random = Random::new(number);
             let length = 40 << number;

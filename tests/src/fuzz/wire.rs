@@ -8,6 +8,7 @@ use protocol::wire::hello::{
     HELLO_LEN, HELLO_REPLY_LEN, Hello, HelloError, decode_reply, encode_reply, is_ours,
 };
 use protocol::wire::limits::{self, MEMORY_PER_BYTE};
+use protocol::wire::precopy::{Areas, Round};
 
 use super::bounded;
 
@@ -100,4 +101,18 @@ pub fn fuzz_control(data: &[u8]) {
     assert_eq!(Control::decode(kind, &encoded).as_ref(), Ok(&message));
     // Only text that was not UTF-8 is encoded otherwise.
     assert!(encoded == body || format!("{message:?}").contains('\u{fffd}'));
+}
+
+/// The bodies of pre-copy: where a task has memory, and the end of a round.
+///
+/// # Panics
+/// If something is wrong.
+pub fn fuzz_precopy(data: &[u8]) {
+    if let Ok(areas) = bounded(data.len(), MEMORY_PER_BYTE, || Areas::decode(data)) {
+        assert!(areas.areas.is_sorted_by(|before, next| before.end() <= next.start));
+        assert_eq!(&areas.encode()[HEADER_LEN..], data);
+    }
+    if let Ok(round) = bounded(data.len(), MEMORY_PER_BYTE, || Round::decode(data)) {
+        assert_eq!(&round.encode()[HEADER_LEN..], data);
+    }
 }

@@ -1,6 +1,7 @@
 //! One task of the images and the address spaces that share its lazy pages.
 
 use std::io;
+use std::ops::Range;
 
 use kernel::uffd::Install;
 use protocol::bitmap::Bitmap;
@@ -11,6 +12,7 @@ use protocol::wire::frame::TaskRun;
 
 use super::installer::Installer;
 use super::space::{Space, Stretch};
+use crate::cache::{Content, Kept};
 use crate::prefetch::Ahead;
 
 /// How a page came; each lazy page counts once, by its first arrival.
@@ -20,7 +22,14 @@ pub enum Origin {
     Demand,
     /// By the push.
     Push,
+    /// By pre-copy.
+    Precopied,
+    /// By pre-copy, as a page of zeros.
+    Zero,
 }
+
+/// Number of origins.
+const ORIGINS: usize = 4;
 
 /// Names a space within its family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,6 +42,8 @@ pub enum Resolution {
     Ask(u64),
     /// The page with this index was asked for already; its arrival wakes this thread too.
     Asked(u64),
+    /// The page with this index is kept here: [`Family::arrived_kept`] installs it.
+    Kept(u64),
     /// It has no content: a zero page.
     Zero,
 }
@@ -68,8 +79,12 @@ pub struct Family<I> {
     members: Vec<Option<Member<I>>>,
     /// Asked for by a fault and not arrived yet.
     asked: Bitmap,
-    by_demand: Bitmap,
-    by_push: Bitmap,
+    /// What pre-copy brought and is not installed yet.
+    kept: Option<Box<Kept>>,
+    /// Installed somewhere.
+    came: Bitmap,
+    /// How many came from where, by [`Origin`].
+    came_by: [u64; ORIGINS],
     /// Not acknowledged to the source yet.
     unreported: Bitmap,
     redundant: u64,
@@ -79,10 +94,31 @@ impl<I: Installer> Family<I> {
     /// A family without spaces; [`Family::restored`] adds the first.
     #[must_use]
     pub fn new(map: TaskMap) -> Self {
-        let clear = || Bitmap::clear(map.pages);
-        let (asked, by_demand, by_push) = (clear(), clear(), clear());
-        let unreported = Bitmap::full(map.pages);
-        Self { asked, by_demand, by_push, unreported, members: Vec::new(), redundant: 0, map }
+        Self {
+            asked: Bitmap::clear(map.pages),
+            kept: None,
+            came: Bitmap::clear(map.pages),
+            came_by: [0; ORIGINS],
+            unreported: Bitmap::full(map.pages),
+            members: Vec::new(),
+            redundant: 0,
+            map,
+        }
+    }
+
+    /// These pages are here already: nobody asks the source for them.
+    pub fn keep(&mut self, kept: Kept) {
+        self.kept = Some(Box::new(kept)).filter(|kept| kept.pages() > 0);
+    }
+
+    /// What pre-copy brought and is not installed yet.
+    #[must_use]
+    pub fn kept(&self) -> Option<&Kept> {
+        self.kept.as_deref()
+    }
+
+    fn has_kept(&self, index: u64) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.has(index))
     }
 
     /// The task.
@@ -110,6 +146,12 @@ impl<I: Installer> Family<I> {
 
     fn member(&mut self, id: SpaceId) -> Option<&mut Member<I>> {
         self.members.get_mut(id.0)?.as_mut()
+    }
+
+    /// Whether the task's own space was handed over. Until then nothing is missing anywhere.
+    #[must_use]
+    pub fn is_restored(&self) -> bool {
+        !self.members.is_empty()
     }
 
     fn spaces(&self) -> impl Iterator<Item = &Space> {
@@ -154,6 +196,9 @@ impl<I: Installer> Family<I> {
         let Some(index) = self.space(id).and_then(|space| space.remote_at(at)) else {
             return Resolution::Zero;
         };
+        if self.has_kept(index) {
+            return Resolution::Kept(index);
+        }
         if self.asked.set(index) { Resolution::Ask(index) } else { Resolution::Asked(index) }
     }
 
@@ -194,12 +239,61 @@ impl<I: Installer> Family<I> {
     /// # Errors
     /// An errno from the kernel that is no ordinary outcome.
     pub fn arrived(&mut self, first: u64, data: &[u8], origin: Origin) -> io::Result<Arrival> {
-        let end = first + (data.len() / PAGE_SIZE) as u64;
+        let arrival = self.put(first, Content::Pages(data), origin)?;
+        if arrival == Arrival::Settled {
+            self.forget_kept(first, first + (data.len() / PAGE_SIZE) as u64);
+        }
+        Ok(arrival)
+    }
+
+    /// Installs what is kept of the pages `first..end`, wherever they are remote; what is installed is no longer kept.
+    ///
+    /// # Errors
+    /// An errno from the kernel that is no ordinary outcome.
+    pub fn arrived_kept(&mut self, first: u64, end: u64) -> io::Result<Arrival> {
+        let Some(kept) = self.kept.take() else { return Ok(Arrival::Settled) };
+        let mut arrival = Ok(Arrival::Settled);
+        let mut from = first;
+        while let Some(run) = kept.run_in(&self.map, from, end) {
+            let origin = match run.content {
+                Content::Pages(_) => Origin::Precopied,
+                Content::Zeros(_) => Origin::Zero,
+            };
+            arrival = self.put(run.first, run.content, origin);
+            if !matches!(arrival, Ok(Arrival::Settled)) {
+                break;
+            }
+            from = run.first + run.content.pages();
+        }
+        self.kept = Some(kept);
+        self.forget_kept(first, from);
+        arrival
+    }
+
+    fn forget_kept(&mut self, first: u64, end: u64) {
+        if let Some(kept) = &mut self.kept {
+            kept.forget(&self.map, first, end);
+        }
+        self.kept = self.kept.take().filter(|kept| kept.pages() > 0);
+    }
+
+    /// The pages to install next of those that are kept and were last copied in round `least` or later, at most `most`.
+    pub fn next_kept(&mut self, least: u8, most: u64) -> Option<Range<u64>> {
+        self.kept.as_mut()?.next(&self.map, least, most)
+    }
+
+    /// Sorts out a piece of what is kept, as [`Kept::sort_out`] does.
+    pub fn sort_out_kept(&mut self) -> bool {
+        self.kept.as_mut().is_some_and(|kept| kept.sort_out())
+    }
+
+    fn put(&mut self, first: u64, content: Content<'_>, origin: Origin) -> io::Result<Arrival> {
+        let end = first + content.pages();
         let mut blocked = None;
         for slot in 0..self.members.len() {
             let mut from = first;
             while let Some(stretch) = self.members[slot].as_ref().and_then(|m| m.space.remote_in(from, end)) {
-                match self.install(slot, stretch, first, data)? {
+                match self.install(slot, stretch, first, content)? {
                     Ok(pages) => {
                         self.settle(slot, stretch.first, pages, origin);
                         from = stretch.first + pages;
@@ -224,12 +318,17 @@ impl<I: Installer> Family<I> {
         slot: usize,
         stretch: Stretch,
         first: u64,
-        data: &[u8],
+        content: Content<'_>,
     ) -> io::Result<Result<u64, Blocked>> {
         let Some(member) = self.members[slot].as_ref() else { return Ok(Ok(stretch.pages)) };
-        let offset = bytes(stretch.first - first);
-        let slice = &data[offset..offset + bytes(stretch.pages)];
-        Ok(match member.installer.copy(stretch.at, slice)? {
+        let installed = match content {
+            Content::Pages(data) => {
+                let offset = bytes(stretch.first - first);
+                member.installer.copy(stretch.at, &data[offset..offset + bytes(stretch.pages)])?
+            }
+            Content::Zeros(_) => member.installer.zero(stretch.at, pages_to_bytes(stretch.pages))?,
+        };
+        Ok(match installed {
             Install::Done { pages } => Ok(pages),
             Install::Present => {
                 // Nobody else installs in this space, so this is a page the task made itself.
@@ -247,19 +346,10 @@ impl<I: Installer> Family<I> {
     }
 
     fn settle(&mut self, slot: usize, first: u64, pages: u64, origin: Origin) {
-        let end = first + pages;
         let Some(member) = self.members[slot].as_mut() else { return };
         member.space.settle(first, pages);
-        let (mine, other) = match origin {
-            Origin::Demand => (&mut self.by_demand, &self.by_push),
-            Origin::Push => (&mut self.by_push, &self.by_demand),
-        };
-        // The first arrival counts: a forked child may get the page later, from the other lane.
-        for index in first..end {
-            if !other.get(index) {
-                mine.set(index);
-            }
-        }
+        // The first arrival counts: a forked child may get the page later, from somewhere else.
+        self.came_by[origin as usize] += self.came.set_range(first, first + pages);
     }
 
     /// These pages will not arrive by themselves: a fault may ask again.
@@ -267,7 +357,14 @@ impl<I: Installer> Family<I> {
         self.asked.unset_range(first, end);
     }
 
-    /// The next run at or behind index `from` that is worth fetching (missing somewhere, not asked for), at
+    /// The first run in `first..end` that was asked for, or that is kept.
+    fn coming_in(&self, first: u64, end: u64) -> Option<(u64, u64)> {
+        let asked = self.asked.run_in(first, end);
+        let kept = self.kept.as_ref().and_then(|kept| kept.indices_in(first, end));
+        asked.into_iter().chain(kept).min()
+    }
+
+    /// The next run at or behind index `from` that is worth fetching (missing somewhere, neither asked for nor kept), at
     /// most `most` pages; it is marked as asked for.
     pub fn next_to_fetch(&mut self, from: u64, most: u64) -> Option<(u64, PageRun)> {
         // Looked for in pieces: the end of a long run costs more than its beginning, and is not needed.
@@ -284,19 +381,19 @@ impl<I: Installer> Family<I> {
                 continue;
             };
             let behind = missing.first + missing.pages;
-            if let Some((_, stop)) = self.asked.run_in(missing.first, missing.first + 1) {
-                from = self.asked.run_in(missing.first, behind).map_or(stop, |(_, stop)| stop);
+            let (here, stop) = self.coming_in(missing.first, behind).unwrap_or((behind, behind));
+            if here == missing.first {
+                from = stop;
                 continue;
             }
-            let free = self.asked.run_in(missing.first, behind).map_or(behind, |(asked, _)| asked);
             let (addr, follow) = self.map.locate(self.map.first + missing.first)?;
-            let pages = (free - missing.first).min(follow).min(most);
+            let pages = (here - missing.first).min(follow).min(most);
             self.asked.set_range(missing.first, missing.first + pages);
             return Some((missing.first, PageRun::new(addr, pages)?));
         }
     }
 
-    /// Hands the pages that are worth asking for ahead (missing somewhere, not asked for) to `each`, with the index
+    /// Hands the pages that are worth asking for ahead (missing somewhere, neither asked for nor kept) to `each`, with the index
     /// of the first, run by run; they are marked as asked for.
     pub fn ask_ahead(&mut self, ahead: Ahead, mut each: impl FnMut(u64, PageRun)) {
         let mut open: Option<(u64, u64)> = None;
@@ -306,7 +403,7 @@ impl<I: Installer> Family<I> {
                 break;
             }
             let missing = self.spaces().any(|space| space.is_remote(index));
-            if missing && self.asked.set(index) {
+            if missing && !self.has_kept(index) && self.asked.set(index) {
                 open = match open {
                     Some((first, pages)) if first + pages == index => Some((first, pages + 1)),
                     before => {
@@ -335,7 +432,7 @@ impl<I: Installer> Family<I> {
     /// `pages` pages from `first` have come in: those that came before count as redundant.
     pub fn announced(&mut self, first: u64, pages: u64) {
         let end = first + pages;
-        self.redundant += self.by_demand.count_range(first, end) + self.by_push.count_range(first, end);
+        self.redundant += self.came.count_range(first, end);
     }
 
     /// Gives up on pages that cannot be installed because their area is not registered any more.
@@ -344,6 +441,7 @@ impl<I: Installer> Family<I> {
             member.space.settle(first, end - first);
         }
         self.asked.unset_range(first, end);
+        self.forget_kept(first, end);
     }
 
     /// Appends to `runs` what is settled in every space in `first..end` and was not reported yet, until
@@ -387,10 +485,10 @@ impl<I: Installer> Family<I> {
     /// The account: complete once nothing is remote.
     #[must_use]
     pub fn counts(&self) -> PageCounts {
-        let (demand, push) = (self.by_demand.count(), self.by_push.count());
+        let [demand, push, precopied, zero] = self.came_by;
         let lazy = self.map.pages;
-        let gone = lazy - demand - push;
-        PageCounts { lazy, demand, push, gone, redundant: self.redundant, ..PageCounts::default() }
+        let gone = lazy - demand - push - precopied - zero;
+        PageCounts { lazy, demand, push, precopied, zero, gone, redundant: self.redundant }
     }
 }
 

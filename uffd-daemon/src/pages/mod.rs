@@ -11,9 +11,12 @@
 //! ```text
 //!              fault ──────▶ asked ──┐ data
 //!   Remote ──┤                       ├───────▶ Installed
-//!              push ─────────────────┘
+//!              push, kept ───────────┘
 //!   Remote, Installed ── remove, unmap, exit ─▶ Gone: a later fault reads zeros, as the kernel would
 //! ```
+//!
+//! *Kept* are pages that pre-copy brought ([`crate::cache`]): remote like any other as long as a space misses them, but their
+//! content is here, so a fault on one, wherever it is by now and also in a forked child, is resolved at once, and nobody asks for it.
 //!
 //! A fault on a page that is not remote is answered with a zero page: the page is either one that never had
 //! content, or one the task has dropped; if it was installed meanwhile the kernel says so and the thread is

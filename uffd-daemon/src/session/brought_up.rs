@@ -20,8 +20,10 @@ use protocol::units::TaskId;
 use protocol::wire::control::Control;
 use protocol::wire::switchover::destination::Event;
 
+use super::precopy::Precopied;
 use super::{ByteCount, SessionConfig};
 use crate::barrier::Report;
+use crate::cache::{Installing, Milestone};
 use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
 use crate::handover::{HandoverSocket, ReceiveError};
 use crate::keeper::KeeperHandle;
@@ -55,6 +57,15 @@ impl Failure {
     }
 }
 
+/// What a restore begins with.
+pub(super) struct Images {
+    /// Holds them.
+    pub(super) dir: WorkDir,
+    /// As the source counts them.
+    pub(super) lazy_pages: u64,
+    pub(super) precopied: Option<Precopied>,
+}
+
 /// A tree that is being restored, and the threads that feed it.
 pub(super) struct BroughtUp {
     pub(super) tree: Arc<Tree>,
@@ -71,6 +82,8 @@ pub(super) struct BroughtUp {
     commands: Post<Command>,
     fault_thread: Option<JoinHandle<()>>,
     steering: Option<Steering>,
+    /// Installs what pre-copy brought.
+    installing: Option<Installing>,
     handed_over: Mailbox<Result<(), ReceiveError>>,
     handover_thread: Option<JoinHandle<()>>,
     cancel_handover: Option<UnixStream>,
@@ -84,21 +97,33 @@ impl BroughtUp {
     /// Starts everything that a restore needs, and the restore.
     pub(super) fn start(
         config: &SessionConfig,
-        dir: WorkDir,
+        images: Images,
         options: &[OsString],
         fault: Stream,
         push: Stream,
     ) -> Result<Self, String> {
+        let Images { dir, lazy_pages, precopied } = images;
         let failed = |what: &'static str| move |error: std::io::Error| format!("cannot {what}: {error}");
         let checkpoint = Checkpoint::open(&dir.path().join("images")).map_err(|error| error.to_string())?;
         let live = checkpoint.tasks.iter().filter(|task| task.alive);
         let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
         let map = map.map_err(|error| error.to_string())?;
+        if map.pages() != lazy_pages {
+            let ours = map.pages();
+            return Err(format!("the images hold {ours} lazy pages, the source counts {lazy_pages}"));
+        }
         let every_task: Vec<TaskId> = checkpoint.tasks.iter().map(|task| task.id).collect();
         // Those of the offer, made before the freeze, lack what was forked until then.
         let threads = checkpoint.tasks.iter().flat_map(|task| task.threads.iter().copied());
         let pids: Vec<u32> = every_task.iter().map(|id| id.0).chain(threads).collect();
         let tree = Tree::new(&map);
+        let mut installing = None;
+        if let Some(Precopied { cache, clean }) = precopied {
+            let (kept, unneeded) = cache.into_clean(&map, &clean).map_err(|error| error.to_string())?;
+            tree.keep(kept);
+            let start = Installing::start(tree.clone(), unneeded);
+            installing = Some(start.map_err(failed("start a thread"))?);
+        }
 
         let keeper = KeeperHandle::start().map_err(failed("start the keeper"))?;
         let latency = latency_histogram();
@@ -153,6 +178,7 @@ impl BroughtUp {
             commands,
             fault_thread: Some(fault_thread),
             steering: None,
+            installing,
             handed_over,
             handover_thread: Some(handover_thread),
             cancel_handover: Some(cancel_handover),
@@ -296,6 +322,22 @@ impl BroughtUp {
         }
     }
 
+    /// Begins to install what pre-copy brought, if there was any.
+    pub(super) fn begin_installing(&self) -> Option<&Installing> {
+        self.installing.as_ref().inspect(|installing| installing.begin())
+    }
+
+    /// Says whether installing what pre-copy brought has failed.
+    pub(super) fn check_installing(&self) -> Result<(), Failure> {
+        let milestones = self.installing.iter().flat_map(|installing| installing.milestones.empty());
+        for milestone in milestones {
+            if let Milestone::Broken(error) = milestone {
+                return Err(Failure::broken(format!("cannot install: {error}")));
+            }
+        }
+        Ok(())
+    }
+
     /// Starts to install what is pushed.
     pub(super) fn start_push(&mut self) {
         let Some(stream) = self.push_lane.take() else { return };
@@ -317,17 +359,33 @@ impl BroughtUp {
         self.fault_bytes.load(Ordering::Relaxed)
     }
 
+    /// What pre-copy brought needs no source: it is installed before nobody is left to do it.
+    fn finish_installing(&self) {
+        let Some(installing) = self.begin_installing() else { return };
+        let deadline = Instant::now() + limits::INSTALLING_PATIENCE;
+        while !installing.has_ended() {
+            // Each milestone rings, and the last one behind the end.
+            let ready = waiting::readable([installing.milestones.as_fd()], Some(deadline));
+            drop(installing.milestones.empty());
+            if !matches!(ready, Ok([true])) {
+                return;
+            }
+        }
+    }
+
     fn stop_threads(&mut self) {
+        let join = |thread: Option<JoinHandle<()>>| drop(thread.map(JoinHandle::join));
         self.steering = None;
-        self.commands.send(Command::Stop);
         self.cancel_handover = None;
         if let Some(lane) = &self.push_lane {
             lane.shutdown();
         }
-        let threads = [self.handover_thread.take(), self.fault_thread.take(), self.push_thread.take()];
-        for thread in threads.into_iter().flatten() {
-            let _ = thread.join();
-        }
+        // Whoever installs may wait for an event that the fault loop reads: it ends behind them.
+        self.installing = None;
+        join(self.push_thread.take());
+        self.commands.send(Command::Stop);
+        join(self.fault_thread.take());
+        join(self.handover_thread.take());
     }
 
     /// Before the switchover: nothing of the tree is left.
@@ -356,6 +414,7 @@ impl BroughtUp {
     /// Behind the switchover, without the source: the keeper goes on holding the userfaultfds, so tasks that
     /// touch a missing page wait. Returns what to tell the operator.
     pub(super) fn pause(mut self, reason: &str) -> String {
+        self.finish_installing();
         self.stop_threads();
         if let Some(restore) = self.restore.take() {
             restore.leave();

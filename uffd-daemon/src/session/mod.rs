@@ -1,13 +1,14 @@
 //! One move, destination's side, phase by phase.
 //!
 //! ```text
-//!   offer ─▶ verdict ─▶ lanes ─▶ images ─▶ restore, held ─▶ Prepared ─▶ Commit ═▶ run ─▶ settle ─▶ Released
-//!     └─────────┴─────────┴────────┴──────────┴────────────────┘          ║
-//!              roll back: nothing of the tree is left here                ║ never back: paused
+//!   offer ─▶ verdict ─▶ lanes ─▶ pre-copy ─▶ images ─▶ restore, held ─▶ Prepared ─▶ Commit ═▶ run ─▶ settle ─▶ Released
+//!     └─────────┴─────────┴─────────┴──────────┴──────────┴────────────────┘          ║
+//!                     roll back: nothing of the tree is left here                     ║ never back: paused
 //! ```
 
 mod brought_up;
 mod images;
+mod precopy;
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
@@ -34,7 +35,8 @@ use crate::limits;
 use crate::preflight;
 use crate::restore::PidPlace;
 
-use brought_up::{BroughtUp, Failure};
+use brought_up::{BroughtUp, Failure, Images};
+pub use precopy::Prefill;
 
 /// What every session of a daemon has in common.
 #[derive(Clone, Debug)]
@@ -51,6 +53,10 @@ pub struct SessionConfig {
     pub quiet: bool,
     /// Passed on to `criu restore`.
     pub criu_options: Vec<OsString>,
+    /// What of pre-copy is installed before the tasks run.
+    pub prefill: Prefill,
+    /// How long the tasks wait for that at most.
+    pub prefill_ms: u64,
 }
 
 /// Why a move did not end well here.
@@ -149,11 +155,17 @@ impl Session {
 
     /// Everything up to the switchover; whatever fails here leaves nothing behind.
     fn bring_up(&mut self, offer: &Offer, switchover: &mut Switchover) -> Result<BroughtUp, String> {
-        let (fault, push) = self.wait_for_lanes()?;
+        let (fault, mut push) = self.wait_for_lanes()?;
+        let mut cache = None;
+        if offer.precopy_pages > 0 {
+            let (lane, kept) = self.precopy(offer.precopy_pages, push)?;
+            (push, cache) = (lane, Some(kept));
+        }
         let dir = WorkDir::create(self.config.work_dir.as_deref(), "postcopy-destination")
             .map_err(|error| format!("cannot make a working directory: {error}"))?;
         let dumped = self.receive_images(dir.path())?;
         let frozen_at = Instant::now().checked_sub(Duration::from_micros(dumped.frozen_us));
+        let precopied = self.receive_clean(&dumped, cache)?;
         self.recorder.phase("restore");
         self.config.hooks.run(HookPhase::PreRestore).map_err(|error| error.to_string())?;
         let mut options = self.config.criu_options.clone();
@@ -162,12 +174,8 @@ impl Session {
                 options.push(option.into());
             }
         }
-        let mut brought_up = BroughtUp::start(&self.config, dir, &options, fault, push)?;
-        if brought_up.tree.pages() != dumped.lazy_pages {
-            let (ours, theirs) = (brought_up.tree.pages(), dumped.lazy_pages);
-            brought_up.tear_down();
-            return Err(format!("the images hold {ours} lazy pages, the source counts {theirs}"));
-        }
+        let images = Images { dir, lazy_pages: dumped.lazy_pages, precopied };
+        let mut brought_up = BroughtUp::start(&self.config, images, &options, fault, push)?;
         brought_up.frozen_at = frozen_at;
         let tasks = brought_up.map.tasks().iter();
         let tasks = tasks.map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
@@ -243,6 +251,7 @@ impl Session {
         switchover: &mut Switchover,
     ) -> Result<(), String> {
         brought_up.wait_held(&self.control, &self.interrupt)?;
+        self.prefill(brought_up)?;
         self.config.hooks.run(HookPhase::PostRestore).map_err(|error| error.to_string())?;
         if switchover.step(Event::Held) == Action::SendPrepared {
             self.control.send(&Control::Prepared).map_err(|error| format!("lost the source: {error}"))?;
@@ -285,6 +294,8 @@ impl Session {
         }
         brought_up.start_push();
         self.wait_settled(brought_up)?;
+        let resolved_here = brought_up.tree.local_faults.load(Ordering::Relaxed);
+        tracing::info!(resolved_here, "every page is here");
         self.recorder.phase("release");
         let summary = self.summary(brought_up, running_at);
         self.recorder.settle(&summary);
@@ -320,6 +331,7 @@ impl Session {
             let deadline = Some(Instant::now() + self.progress.interval());
             let ready = waiting::link_or(&self.control, fds, deadline);
             let (control, [notice, pushed]) = ready.map_err(Failure::io)?;
+            brought_up.check_installing()?;
             if pushed {
                 for result in brought_up.pushed.empty() {
                     result.map_err(|error| Failure::broken(error.to_string()))?;
@@ -348,8 +360,10 @@ impl Session {
             let (tree, latency) = (&brought_up.tree, &brought_up.latency);
             self.progress.show(|| {
                 let faults = latency::summary(latency);
+                let local = tree.local_faults.load(Ordering::Relaxed);
+                let local = if local > 0 { format!(" ({local} more resolved here)") } else { String::new() };
                 format!(
-                    "push: {} of {} pages left, {} faults, p50 {} us, p99 {} us",
+                    "push: {} of {} pages left, {} faults{local}, p50 {} us, p99 {} us",
                     tree.remote_pages(),
                     tree.pages(),
                     faults.count,

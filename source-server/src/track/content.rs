@@ -1,0 +1,217 @@
+//! Writes found by comparison: every page is read in every round and compared with what was copied of it.
+//!
+//! Works with any kernel and never stops a task. What is compared with is not what the scan before saw but
+//! what was sent: a page that changes in between and back again is no exception then. A page is known by 128 bits of
+//! XXH3; a task that builds two pages with the same hash on purpose cheats itself.
+//!
+//! Cost: all memory is read once per round; about 16 bytes are kept for each page.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use protocol::units::{ImageAddr, PAGE_BYTES, PAGE_SIZE, PageRun, TaskId};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::{Method, Pass, Round, Run, TaskRound, Tracker, areas, empty_round};
+use crate::process::{ProcessTree, Task, has_ended};
+
+/// Pages that are read at a time.
+const CHUNK_PAGES: u64 = 256;
+/// Pages whose hashes are kept together: those of a huge page.
+const GROUP_PAGES: u64 = 512;
+/// Entries of the page map that are read at a time.
+const ENTRIES: usize = 8192;
+/// `/proc/PID/pagemap`: the page is in memory, or on swap.
+const THERE: u64 = 1 << 63 | 1 << 62;
+
+/// The tracker.
+#[derive(Debug)]
+pub struct Content {
+    tasks: HashMap<TaskId, Hashes>,
+    zero: u128,
+    room: Vec<u8>,
+}
+
+impl Default for Content {
+    fn default() -> Self {
+        let chunk = vec![0; usize::try_from(CHUNK_PAGES).unwrap_or(1) * PAGE_SIZE];
+        Self { tasks: HashMap::new(), zero: xxh3_128(&chunk[..PAGE_SIZE]), room: chunk }
+    }
+}
+
+impl Tracker for Content {
+    fn method(&self) -> Method {
+        Method::Content
+    }
+
+    fn scan(&mut self, tree: &ProcessTree, _pass: Pass) -> Round {
+        self.tasks.retain(|id, _| tree.tasks.iter().any(|task| task.id == *id));
+        let mut round = Round::default();
+        for task in &tree.tasks {
+            let found = self.scan_task(task).or_else(|error| match has_ended(task.pid) {
+                true => Ok(None),
+                false => Err(error),
+            });
+            round.tasks.extend(found.unwrap_or_else(|error| {
+                self.tasks.remove(&task.id);
+                let untracked = Some(format!("read memory: {error}"));
+                Some(TaskRound { untracked, starts_again: true, ..empty_round(task) })
+            }));
+        }
+        round
+    }
+
+    fn copied(&mut self, task: TaskId, start: ImageAddr, pages: &[u8]) {
+        let hashes = self.tasks.entry(task).or_default();
+        for (number, page) in (0..).zip(pages.chunks_exact(PAGE_SIZE)) {
+            hashes.set(start.add(number), Some(xxh3_128(page)));
+        }
+    }
+
+    fn disarm(self: Box<Self>) {}
+}
+
+impl Content {
+    fn scan_task(&mut self, task: &Task) -> io::Result<Option<TaskRound>> {
+        let mut round = empty_round(task);
+        round.areas = areas::of(task.pid)?;
+        let there = PagesThere::open(task.pid)?;
+        let memory = File::open(format!("/proc/{}/mem", task.pid))?;
+        let before = self.tasks.remove(&task.id).unwrap_or_default();
+        // What is not there now is not taken over: it counts as written when it comes back.
+        let mut now = Hashes::default();
+        let mut found = Vec::new();
+        for &area in &round.areas {
+            there.each(area, |run| self.compare(&memory, run, &before, &mut now, &mut found))?;
+            // Pages of two areas are never one run.
+            round.runs.append(&mut found);
+        }
+        self.tasks.insert(task.id, now);
+        Ok(Some(round))
+    }
+
+    /// Reports the pages of `run` that are not what was copied.
+    fn compare(
+        &mut self,
+        memory: &File,
+        run: PageRun,
+        before: &Hashes,
+        now: &mut Hashes,
+        runs: &mut Vec<Run>,
+    ) {
+        let mut done = 0;
+        while done < run.pages {
+            let start = run.start.add(done);
+            let pages = CHUNK_PAGES.min(run.pages - done);
+            let bytes = usize::try_from(pages).unwrap_or(0) * PAGE_SIZE;
+            let got = memory.read_at(&mut self.room[..bytes], start.get()).unwrap_or(0) / PAGE_SIZE;
+            for (number, page) in (0..).zip(self.room[..got * PAGE_SIZE].chunks_exact(PAGE_SIZE)) {
+                let (address, hash) = (start.add(number), xxh3_128(page));
+                let copied = before.get(address);
+                now.set(address, copied);
+                if copied != Some(hash) {
+                    report(runs, address, hash == self.zero);
+                }
+            }
+            if got == 0 {
+                // It cannot be read, or is gone meanwhile.
+                report(runs, start, false);
+            }
+            done += (got as u64).max(1);
+        }
+    }
+}
+
+/// Adds a page to the last run, or as a new one.
+fn report(runs: &mut Vec<Run>, address: ImageAddr, zero: bool) {
+    match runs.last_mut() {
+        Some(last) if last.pages.end() == address && last.zero == zero => last.pages.pages += 1,
+        _ => runs.extend(PageRun::new(address, 1).map(|pages| Run { pages, zero })),
+    }
+}
+
+/// The hashes of what was copied.
+#[derive(Debug, Default)]
+struct Hashes(HashMap<u64, Box<[Option<u128>]>>);
+
+impl Hashes {
+    fn place(address: ImageAddr) -> (u64, usize) {
+        let page = address.get() / PAGE_BYTES;
+        (page / GROUP_PAGES, usize::try_from(page % GROUP_PAGES).unwrap_or(0))
+    }
+
+    fn get(&self, address: ImageAddr) -> Option<u128> {
+        let (group, index) = Self::place(address);
+        self.0.get(&group)?[index]
+    }
+
+    fn set(&mut self, address: ImageAddr, hash: Option<u128>) {
+        let (group, index) = Self::place(address);
+        let empty = || vec![None; usize::try_from(GROUP_PAGES).unwrap_or(0)].into_boxed_slice();
+        self.0.entry(group).or_insert_with(empty)[index] = hash;
+    }
+}
+
+/// Which pages are there, from `/proc/PID/pagemap`.
+struct PagesThere(File);
+
+impl PagesThere {
+    fn open(pid: u32) -> io::Result<Self> {
+        File::open(format!("/proc/{pid}/pagemap")).map(Self)
+    }
+
+    /// Hands each run of pages of an area that are in memory or on swap to `each`.
+    fn each(&self, area: PageRun, mut each: impl FnMut(PageRun)) -> io::Result<()> {
+        let mut room = vec![0; ENTRIES * 8];
+        let mut open: Option<PageRun> = None;
+        let mut next = area.start;
+        while next < area.end() {
+            let wanted = usize::try_from(area.end().pages_since(next)).unwrap_or(ENTRIES).min(ENTRIES) * 8;
+            let got = self.0.read_at(&mut room[..wanted], next.get() / PAGE_BYTES * 8)? / 8;
+            if got == 0 {
+                break;
+            }
+            for entry in room[..got * 8].chunks_exact(8) {
+                let is_there = entry.try_into().is_ok_and(|entry| u64::from_ne_bytes(entry) & THERE != 0);
+                match (&mut open, is_there) {
+                    (Some(run), true) => run.pages += 1,
+                    (None, true) => open = PageRun::new(next, 1),
+                    (_, false) => open.take().into_iter().for_each(&mut each),
+                }
+                next = next.add(1);
+            }
+        }
+        open.into_iter().for_each(each);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_known_by_what_was_copied_of_it() {
+        let mut hashes = Hashes::default();
+        let page = |number: u64| ImageAddr::containing(number * PAGE_BYTES);
+        hashes.set(page(511), Some(1));
+        hashes.set(page(512), Some(2));
+        assert_eq!(
+            (hashes.get(page(511)), hashes.get(page(512)), hashes.get(page(513))),
+            (Some(1), Some(2), None)
+        );
+    }
+
+    #[test]
+    fn pages_that_follow_each_other_are_one_run_if_they_are_alike() {
+        let mut runs = Vec::new();
+        let page = |number: u64| ImageAddr::containing(number * PAGE_BYTES);
+        for (number, zero) in [(1, false), (2, false), (3, true), (5, true)] {
+            report(&mut runs, page(number), zero);
+        }
+        let seen: Vec<_> = runs.iter().map(|run| (run.pages.start, run.pages.pages, run.zero)).collect();
+        assert_eq!(seen, [(page(1), 2, false), (page(3), 1, true), (page(5), 1, true)]);
+    }
+}

@@ -1,0 +1,155 @@
+//! What a destination would have of a tree: copies of the pages that a tracker reports, checked against the tree itself,
+//! which is stopped for it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use kernel::pagemap::{Categories, PageMap, Protect, Query, Regions};
+use nix::sys::signal::Signal;
+use protocol::units::{ImageAddr, PAGE_SIZE, TaskId};
+use source_server::process::{ProcessTree, Task, thread_state};
+use source_server::track::{Pass, Round, Tracker, areas};
+
+use crate::{STEP, eventually, processes};
+
+/// Bytes copied at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Copies, page by page.
+#[derive(Debug, Default)]
+pub struct Shadow {
+    tasks: HashMap<TaskId, HashMap<u64, Box<[u8]>>>,
+    room: Vec<u8>,
+}
+
+impl Shadow {
+    /// One round: scans, and copies what is reported while the tree runs on.
+    pub fn round(&mut self, tracker: &mut dyn Tracker, tree: &ProcessTree) -> Round {
+        let round = tracker.scan(tree, Pass::Round);
+        self.void(&round);
+        self.room.resize(CHUNK, 0);
+        for found in &round.tasks {
+            let Ok(memory) = File::open(format!("/proc/{}/mem", found.pid)) else { continue };
+            let copies = self.tasks.entry(found.task).or_default();
+            for run in &found.runs {
+                let mut done = 0;
+                while done < run.pages.pages {
+                    let start = run.pages.start.add(done);
+                    let left = usize::try_from(run.pages.pages - done).expect("a count") * PAGE_SIZE;
+                    let got = memory.read_at(&mut self.room[..left.min(CHUNK)], start.get()).unwrap_or(0);
+                    let got = got - got % PAGE_SIZE;
+                    tracker.copied(found.task, start, &self.room[..got]);
+                    for (number, page) in (0..).zip(self.room[..got].chunks_exact(PAGE_SIZE)) {
+                        copies.insert(start.add(number).get(), page.into());
+                    }
+                    if got == 0 {
+                        copies.remove(&start.get());
+                    }
+                    done += ((got / PAGE_SIZE) as u64).max(1);
+                }
+            }
+        }
+        round
+    }
+
+    /// The last scan of a tree that stands still. Every page that is there and was not reported must be what was copied;
+    /// returns how many those are, and what the scan reported.
+    ///
+    /// # Panics
+    /// If one is not.
+    #[track_caller]
+    pub fn check(&mut self, tracker: &mut dyn Tracker, tree: &ProcessTree) -> (u64, Round) {
+        let last = tracker.scan(tree, Pass::Last);
+        self.void(&last);
+        let clean = tree.tasks.iter().map(|task| self.check_task(task, &last)).sum();
+        (clean, last)
+    }
+
+    #[track_caller]
+    fn check_task(&self, task: &Task, last: &Round) -> u64 {
+        let Some(found) = last.tasks.iter().find(|found| found.pid == task.pid) else { return 0 };
+        let memory = File::open(format!("/proc/{}/mem", task.pid)).expect("its memory");
+        let (mut clean, mut wrong) = (0, Vec::new());
+        let nothing = HashMap::new();
+        let copies = self.tasks.get(&task.id).unwrap_or(&nothing);
+        for address in pages_there(task.pid) {
+            let here = ImageAddr::containing(address);
+            if found.runs.iter().any(|run| run.pages.contains(here)) {
+                continue;
+            }
+            let mut page = [0; PAGE_SIZE];
+            memory.read_exact_at(&mut page, address).expect("a page");
+            clean += 1;
+            match copies.get(&address) {
+                Some(copy) if **copy == page => {}
+                Some(_) => wrong.push(format!("{here}: another content")),
+                None => wrong.push(format!("{here}: never copied")),
+            }
+        }
+        assert!(
+            wrong.is_empty(),
+            "task {}: {} of {clean} clean pages are wrong: {:?}",
+            task.pid,
+            wrong.len(),
+            &wrong[..wrong.len().min(10)]
+        );
+        clean
+    }
+
+    fn void(&mut self, round: &Round) {
+        for task in round.tasks.iter().filter(|task| task.starts_again) {
+            self.tasks.remove(&task.task);
+        }
+    }
+}
+
+/// The pages of a process that are there, in areas that can be lazy.
+///
+/// # Panics
+/// If they cannot be listed.
+#[must_use]
+pub fn pages_there(pid: u32) -> Vec<u64> {
+    let map = PageMap::open(pid).expect("a page map");
+    let (any, mut pages) = (Categories::PRESENT_OR_SWAPPED, Vec::new());
+    let query = Query { all: Categories::NONE, any, report: Categories::NONE, protect: Protect::Nothing };
+    for area in areas::of(pid).expect("areas") {
+        let range = area.start.get()..area.end().get();
+        map.scan(range, &query, &mut Regions::default(), |region| {
+            pages.extend((region.start..region.end).step_by(PAGE_SIZE));
+        })
+        .expect("a scan");
+    }
+    pages
+}
+
+/// Stops a tree as a whole, with what it forks meanwhile.
+///
+/// # Panics
+/// If it does not stop.
+#[track_caller]
+#[must_use]
+pub fn stop(root: u32) -> ProcessTree {
+    eventually("the tree stopped", STEP, || {
+        let tree = ProcessTree::of(root).ok()?;
+        for task in tree.tasks.iter().filter(|task| !processes::has_ended(task.pid)) {
+            let _ = task.handle.signal(Signal::SIGSTOP as i32);
+        }
+        let stands = |pid: u32| {
+            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            let mut threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+            threads.all(|tid: u32| matches!(thread_state(pid, tid), Err(_) | Ok('T' | 'Z' | 'X')))
+        };
+        let all = tree.tasks.iter().all(|task| stands(task.pid));
+        let pids = |tree: &ProcessTree| tree.tasks.iter().map(|task| task.pid).collect::<BTreeSet<_>>();
+        let again = ProcessTree::of(root).ok()?;
+        (all && pids(&tree) == pids(&again)).then_some(again)
+    })
+}
+
+/// Lets a stopped tree go on.
+pub fn go_on(tree: &ProcessTree) {
+    for task in &tree.tasks {
+        let _ = task.handle.signal(Signal::SIGCONT as i32);
+    }
+}
