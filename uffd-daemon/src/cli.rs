@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::criu::Criu;
@@ -87,6 +88,10 @@ struct ServeArguments {
     /// Exit after the first move, with its status
     #[arg(long)]
     once: bool,
+    /// How long a source that is lost after the switchover is waited for: seconds, or never; then the tasks go on
+    /// waiting for their pages and the move ends with status 3
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = give_up_after)]
+    give_up_after: GiveUp,
     /// Where a later release keeps what it needs to take over; not used yet
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -110,6 +115,20 @@ struct ServeArguments {
     /// Passed on to criu restore
     #[arg(last = true, value_name = "CRIU-RESTORE-OPTIONS")]
     criu_options: Vec<OsString>,
+}
+
+/// None is never.
+#[derive(Clone, Copy, Debug)]
+struct GiveUp(Option<Duration>);
+
+fn give_up_after(text: &str) -> Result<GiveUp, String> {
+    match text {
+        "never" => Ok(GiveUp(None)),
+        _ => text
+            .parse()
+            .map(|seconds| GiveUp(Some(Duration::from_secs(seconds))))
+            .map_err(|_| format!("{text:?} is neither a number of seconds nor never")),
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -179,6 +198,7 @@ fn run_serve(arguments: ServeArguments) -> ExitCode {
             },
             hooks: Hooks::new(arguments.hooks),
             work_dir: arguments.work_dir,
+            give_up_after: arguments.give_up_after.0,
             quiet: arguments.quiet,
             criu_options: arguments.criu_options,
         },

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The loop also keeps the event queues empty: `madvise`, `munmap`, `mremap` and `fork` in the task wait
-//! until their event was read. When the page source is lost the loop goes on reading; faults then wait.
+//! until their event was read. When the page source is lost the loop goes on reading; faults then wait, and what was
+//! asked is asked again of the one that takes its place.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -44,7 +45,7 @@ pub fn latency_histogram() -> LatencyHistogram {
 
 /// What the loop is told while it runs.
 #[derive(Debug)]
-pub enum Command {
+pub enum Command<U> {
     /// A restored task handed its userfaultfd over.
     Serve {
         /// Position of its family.
@@ -54,6 +55,10 @@ pub enum Command {
     },
     /// All tasks run: the background may begin.
     Running,
+    /// Let go of the page source, and say so.
+    Detach,
+    /// Here is another one: whatever was asked is asked again.
+    Attach(U),
     /// End.
     Stop,
 }
@@ -65,6 +70,8 @@ pub enum Notice {
     Settled,
     /// The page source is lost; faults wait.
     UpstreamLost(String),
+    /// It was let go of, as commanded: nothing that was said before is about the next one.
+    Detached,
     /// The kernel refused what must not fail.
     Broken(String),
 }
@@ -97,7 +104,7 @@ pub struct FaultLoop<U> {
     zeroes: Vec<(usize, TaskAddr)>,
     polled: PollSet,
     events: EventBuffer,
-    commands: Mailbox<Command>,
+    commands: Mailbox<Command<U>>,
     notices: Post<Notice>,
     keeper: Option<KeeperHandle>,
     latency: LatencyHistogram,
@@ -116,7 +123,7 @@ impl<U: Upstream> FaultLoop<U> {
     pub fn new(
         tree: Arc<Tree>,
         upstream: U,
-        commands: Mailbox<Command>,
+        commands: Mailbox<Command<U>>,
         notices: Post<Notice>,
         keeper: Option<KeeperHandle>,
         latency: LatencyHistogram,
@@ -231,6 +238,12 @@ impl<U: Upstream> FaultLoop<U> {
                     self.served.push(Served { family, space, uffd });
                 }
                 Command::Running => (self.running, self.maybe_settled) = (true, true),
+                Command::Detach => {
+                    self.upstream = None;
+                    self.publish_demand();
+                    self.notify(Notice::Detached);
+                }
+                Command::Attach(upstream) => self.attach(upstream),
                 Command::Stop => return true,
             }
         }
@@ -353,8 +366,26 @@ impl<U: Upstream> FaultLoop<U> {
         result
     }
 
+    /// What the push lets pass: nothing, while nobody can answer.
     fn publish_demand(&self) {
-        self.tree.demand_outstanding.store(self.in_flight.demands(), Ordering::Relaxed);
+        let demands = if self.upstream.is_some() { self.in_flight.demands() } else { 0 };
+        self.tree.demand_outstanding.store(demands, Ordering::Relaxed);
+    }
+
+    /// Asks another page source everything that has not been answered.
+    fn attach(&mut self, mut upstream: U) {
+        let tree = self.tree.clone();
+        let asked = self.in_flight.open().try_for_each(|(id, asked)| {
+            let family = tree.lock(asked.family);
+            let found = family.map().locate(family.map().first + asked.first);
+            let Some(run) = found.and_then(|(addr, _)| PageRun::new(addr, asked.pages)) else { return Ok(()) };
+            upstream.ask(id, asked.purpose, family.task(), run)
+        });
+        self.upstream = Some(upstream);
+        self.publish_demand();
+        if let Err(error) = asked {
+            self.lose_upstream(&error);
+        }
     }
 
     fn adopt(&mut self, family: &mut TaskFamily, position: usize, parent: SpaceId, child: OwnedFd) {
@@ -582,7 +613,8 @@ impl<U: Upstream> FaultLoop<U> {
             self.checked = Instant::now();
             self.drop_exited();
         }
-        if self.running && !self.told_settled && self.maybe_settled && self.in_flight.is_empty() {
+        let answered = self.in_flight.is_empty() || self.upstream.is_none();
+        if self.running && !self.told_settled && self.maybe_settled && answered {
             self.maybe_settled = false;
             if self.tree.check_settled() {
                 self.told_settled = true;
@@ -608,11 +640,15 @@ impl<U: Upstream> FaultLoop<U> {
         });
     }
 
+    /// What was asked stays open: another source may answer.
     fn lose_upstream(&mut self, error: &UpstreamError) {
-        self.in_flight = InFlight::default();
+        let had_one = self.upstream.take().is_some();
         self.publish_demand();
-        if self.upstream.take().is_some() && !self.told_settled {
-            self.notify(Notice::UpstreamLost(error.to_string()));
+        if had_one && !self.told_settled {
+            self.notify(match error {
+                UpstreamError::Protocol(_) => Notice::Broken(error.to_string()),
+                _ => Notice::UpstreamLost(error.to_string()),
+            });
         }
     }
 }

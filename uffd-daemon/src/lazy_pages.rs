@@ -304,7 +304,7 @@ struct Daemon {
 
 /// A fault loop that runs in its thread.
 struct Loop<U> {
-    commands: Post<Command>,
+    commands: Post<Command<U>>,
     thread: JoinHandle<Option<U>>,
 }
 
@@ -390,6 +390,8 @@ impl Daemon {
             if let Some(notice) = self.notices.empty().into_iter().next() {
                 return match notice {
                     Notice::Settled => Ok(()),
+                    // Nobody commands it here.
+                    Notice::Detached => continue,
                     Notice::UpstreamLost(reason) | Notice::Broken(reason) => {
                         let missing = self.tree.remote_pages();
                         let keeper = self.keeper.pid().unwrap_or(0);

@@ -6,6 +6,10 @@ use std::time::Duration;
 pub const SESSIONS_MAX: usize = 64;
 /// Connections that have not said hello yet.
 pub const STRANGERS_MAX: usize = 64;
+/// Connections that wait for a session to take them: those of four attempts.
+pub const ARRIVALS_MAX: usize = 12;
+/// How long it is waited for at most once every page is here: it only has to hear so.
+pub const WHOLE_PATIENCE: Duration = Duration::from_secs(60);
 /// Pages that one install holds its family's lock for: 64 KiB copy in about 15 us, which is the longest a
 /// fault waits for the push in the installer.
 pub const INSTALL_SLICE_PAGES: usize = 16;

@@ -25,9 +25,12 @@ pub enum PushError {
     /// The source closed the lane.
     #[error("the source closed the push lane")]
     Closed,
-    /// The lane broke, or the kernel refused an install.
-    #[error("push: {0}")]
+    /// The lane broke.
+    #[error("the push lane broke: {0}")]
     Io(#[from] io::Error),
+    /// The kernel refused an install.
+    #[error("cannot install pushed pages: {0}")]
+    Install(io::Error),
     /// A malformed frame.
     #[error("the source sent a malformed frame: {0}")]
     Malformed(#[from] CodecError),
@@ -41,6 +44,14 @@ pub enum PushError {
         /// How many.
         pages: u64,
     },
+}
+
+impl PushError {
+    /// Whether the connection failed, and not who speaks over it or the kernel.
+    #[must_use]
+    pub const fn is_link(&self) -> bool {
+        matches!(self, Self::Closed | Self::Io(_))
+    }
 }
 
 /// A push lane.
@@ -110,7 +121,7 @@ impl PushLane {
             let pages = slice_pages.min(first + run.pages - at);
             let bytes = usize::try_from(pages_to_bytes(pages)).unwrap_or(0).min(self.slice.len());
             self.stream.receive_all(&mut self.slice[..bytes]).map_err(closed)?;
-            install_slice(&self.tree, position, at, &self.slice[..bytes])?;
+            install_slice(&self.tree, position, at, &self.slice[..bytes]).map_err(PushError::Install)?;
             at += pages;
         }
         self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Listens for moves: says hello to strangers, opens sessions, and brings their lanes to them.
+//! Listens for moves: says hello to strangers, opens sessions, and brings their connections to them.
 
 use std::collections::HashMap;
 use std::io;
@@ -6,18 +6,17 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use host::interrupt::Interrupt;
 use host::mailbox::{Post, mailbox};
 use host::report::Report;
 use host::waiting;
-use protocol::link::{Accepted, ControlChannel, Endpoint, LinkError, Listener, Stream};
+use protocol::link::{Accepted, ControlChannel, Endpoint, LinkError, Listener};
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret};
 
 use crate::limits;
-use crate::session::{Session, SessionConfig, SessionError};
+use crate::session::{Arrivals, Door, Session, SessionConfig, SessionError, door};
 
 /// How a daemon serves.
 #[derive(Debug)]
@@ -43,13 +42,12 @@ pub enum ServeError {
     Io(#[from] io::Error),
 }
 
-/// The open sessions: their secret, and where their lanes are wanted.
+/// The open sessions: their secret, and where their connections are wanted.
 type Registry = Arc<Mutex<HashMap<SessionId, Entry>>>;
 
-#[derive(Debug)]
 struct Entry {
     secret: SessionSecret,
-    lanes: Sender<(Role, Stream)>,
+    door: Door,
 }
 
 /// A session that has ended.
@@ -150,7 +148,7 @@ impl Context {
                 return None;
             }
         };
-        let verdict = hello.negotiate().and_then(|version| self.admit(&hello).map(|lanes| (version, lanes)));
+        let verdict = hello.negotiate().and_then(|version| self.admit(&hello).map(|door| (version, door)));
         let reply = verdict.as_ref().map(|(version, _)| *version).map_err(|refusal| *refusal);
         if let Err(error) = stream.answer(hello.role, reply) {
             tracing::warn!(peer, "hello could not be answered: {error}");
@@ -158,18 +156,20 @@ impl Context {
             return None;
         }
         match verdict {
-            Ok((_, Admitted::Lane(lanes))) => {
-                // The session may have ended meanwhile.
-                let _ = lanes.send((hello.role, stream));
+            Ok((_, Admitted::Connection(door))) => {
+                door.bring(&hello, stream);
                 None
             }
-            Ok((_, Admitted::Session(lanes))) => {
+            Ok((_, Admitted::Session(arrivals))) => {
                 let Ok(control) = ControlChannel::new(stream) else {
                     self.forget(&hello);
                     return None;
                 };
                 let stopped = self.stopped.clone();
-                Some((hello.session, Session::new(self.session.clone(), &hello, control, lanes, stopped)))
+                Some((
+                    hello.session,
+                    Session::new(self.session.clone(), &hello, control, arrivals, stopped),
+                ))
             }
             Err(refusal) => {
                 tracing::warn!(peer, "refused: {refusal}");
@@ -180,22 +180,24 @@ impl Context {
 
     fn admit(&self, hello: &Hello) -> Result<Admitted, Refusal> {
         let mut registry = lock(&self.registry);
-        match (hello.role, registry.get(&hello.session)) {
-            (Role::Control, None) if registry.len() < limits::SESSIONS_MAX => {
-                let (sender, lanes) = channel();
-                registry.insert(hello.session, Entry { secret: hello.secret, lanes: sender });
-                Ok(Admitted::Session(lanes))
+        match (registry.get(&hello.session), hello.role) {
+            (None, Role::Control) if !hello.resumes() => {
+                if registry.len() >= limits::SESSIONS_MAX {
+                    return Err(Refusal::Busy);
+                }
+                let (door, arrivals) = door().map_err(|_| Refusal::Busy)?;
+                registry.insert(hello.session, Entry { secret: hello.secret, door });
+                Ok(Admitted::Session(arrivals))
             }
-            (Role::Control, None) => Err(Refusal::Busy),
-            (Role::Fault | Role::Push, Some(entry)) if entry.secret == hello.secret => {
-                Ok(Admitted::Lane(entry.lanes.clone()))
+            (Some(entry), _) if entry.secret == hello.secret => {
+                entry.door.admits(hello).map(|()| Admitted::Connection(entry.door.clone()))
             }
             _ => Err(Refusal::Session),
         }
     }
 
     fn forget(&self, hello: &Hello) {
-        if hello.role == Role::Control {
+        if hello.role == Role::Control && !hello.resumes() {
             lock(&self.registry).remove(&hello.session);
         }
     }
@@ -228,6 +230,8 @@ impl Context {
 }
 
 enum Admitted {
-    Session(std::sync::mpsc::Receiver<(Role, Stream)>),
-    Lane(Sender<(Role, Stream)>),
+    /// It opens a session.
+    Session(Arrivals),
+    /// It belongs to one.
+    Connection(Door),
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use kernel::uffd::Uffd;
+use protocol::bitmap::Bitmap;
 use protocol::lazy_map::LazyMap;
 use protocol::units::TaskId;
 use protocol::wire::control::PageCounts;
@@ -144,6 +145,16 @@ impl Tree {
             let pages = family.map().pages;
             family.acknowledge(0, pages, most, runs);
         }
+    }
+
+    /// What is settled now, by index in the whole tree; it counts as reported from here on.
+    #[must_use]
+    pub fn report_settled(&self) -> Bitmap {
+        let mut map = Bitmap::clear(self.total);
+        for position in 0..self.families.len() {
+            self.lock(position).report_settled(&mut map);
+        }
+        map
     }
 
     /// Whether every page was reported as settled.

@@ -126,6 +126,8 @@ impl Control {
             Self::Released => "released",
             Self::Abort(_) => "abort",
             Self::RolledBack => "rolled back",
+            Self::SettledMap(_) => "a map of what is settled",
+            Self::Resumed => "resumed",
         }
     }
 

@@ -291,8 +291,8 @@ impl PageStore for PipeStore {
             let head = run.what.frame(Kind::Pages, id, len);
             scratch
                 .skip(bytes(offset - at))
-                .and_then(|()| scratch.send(link, &head, len))
-                .map_err(StoreError::io("push pages"))?;
+                .map_err(StoreError::io("duplicate a chunk"))?;
+            scratch.send(link, &head, len).map_err(StoreError::Link)?;
             at = offset + run.what.run.pages;
         }
         Ok(true)

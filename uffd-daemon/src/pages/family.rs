@@ -360,6 +360,19 @@ impl<I: Installer> Family<I> {
         }
     }
 
+    /// Marks in `map`, by index in the whole tree, what is settled in every space, and takes it for reported.
+    pub fn report_settled(&mut self, map: &mut Bitmap) {
+        let pages = self.map.pages;
+        let mut from = 0;
+        while from < pages {
+            let missing = self.spaces().filter_map(|s| s.remote_in(from, pages)).min_by_key(|s| s.first);
+            let settled = missing.map_or(pages, |stretch| stretch.first);
+            map.set_range(self.map.first + from, self.map.first + settled);
+            self.unreported.unset_range(from, settled);
+            from = missing.map_or(pages, |stretch| stretch.first + stretch.pages);
+        }
+    }
+
     /// The first segment of any space for which `unregistered` is true.
     pub fn first_unregistered(&self, unregistered: impl Fn(&I, TaskAddr) -> bool) -> Option<TaskAddr> {
         let members = self.members.iter().flatten();
@@ -484,6 +497,27 @@ mod tests {
         assert!(family.all_acknowledged());
         assert_eq!(child.pages.borrow().keys().map(|a| a >> 12).collect::<Vec<_>>(), [17, 18, 19]);
         assert_eq!(family.counts().push, 4);
+    }
+
+    #[test]
+    fn the_map_of_what_is_settled_counts_as_reported() {
+        let mut family = family(6);
+        let root = family.restored(Model::default());
+        family.arrived(1, &data(1..3), Origin::Push).unwrap();
+        assert_eq!(acks(&mut family), 2, "acknowledged, perhaps on a link that lost it");
+        family.removed(root, addr(21), addr(22));
+        family.forked(root, Model::default()).unwrap();
+        family.arrived(3, &data(3..4), Origin::Push).unwrap();
+        family.removed(root, addr(16), addr(17));
+        let mut map = Bitmap::clear(6);
+        family.report_settled(&mut map);
+        let settled: Vec<u64> = (0..6).filter(|index| map.get(*index)).collect();
+        assert_eq!(settled, [1, 2, 3, 5], "the child still misses the first");
+        assert_eq!(acks(&mut family), 0);
+        family.arrived(0, &data(0..1), Origin::Push).unwrap();
+        family.arrived(4, &data(4..5), Origin::Push).unwrap();
+        assert_eq!(acks(&mut family), 2);
+        assert!(family.all_acknowledged());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use host::mailbox::{Mailbox, Post, mailbox};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::uffd::{Probe, Uffd};
+use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
@@ -46,8 +47,19 @@ impl Failure {
         Self { reason, event: Event::Broken }
     }
 
+    /// A connection that is lost; a source that does not keep to the protocol is not.
     pub(super) fn lost(error: &ControlError) -> Self {
-        Self::broken(format!("lost the source: {error}"))
+        let event = match error {
+            ControlError::Closed | ControlError::Io(_) => Event::Lost,
+            ControlError::Malformed(_) | ControlError::OutOfOrder { .. } => Event::Broken,
+        };
+        Self { reason: format!("lost the source: {error}"), event }
+    }
+
+    /// A push lane that has ended, by itself or because of what came over it.
+    pub(super) fn push(error: &PushError) -> Self {
+        let event = if error.is_link() { Event::Lost } else { Event::Broken };
+        Self { reason: error.to_string(), event }
     }
 
     pub(super) fn io(error: std::io::Error) -> Self {
@@ -68,7 +80,7 @@ pub(super) struct BroughtUp {
     push_post: Post<Result<(), PushError>>,
     push_lane: Option<Stream>,
     push_thread: Option<JoinHandle<()>>,
-    commands: Post<Command>,
+    commands: Post<Command<FaultLane>>,
     fault_thread: Option<JoinHandle<()>>,
     steering: Option<Steering>,
     handed_over: Mailbox<Result<(), ReceiveError>>,
@@ -305,6 +317,29 @@ impl BroughtUp {
         self.push_lane = kept.ok();
         self.push_thread =
             std::thread::Builder::new().name("push".into()).spawn(move || post.send(lane.run())).ok();
+    }
+
+    /// Lets go of both lanes. Faults wait from here on; events are read, and present pages work.
+    pub(super) fn detach(&mut self) {
+        self.commands.send(Command::Detach);
+        if let Some(lane) = self.push_lane.take() {
+            lane.shutdown();
+        }
+        if let Some(thread) = self.push_thread.take() {
+            let _ = thread.join();
+        }
+        // What it ended with is no news.
+        drop(self.pushed.empty());
+    }
+
+    /// Fetches over new lanes: whatever was asked is asked again. Returns what is settled by now, which counts as
+    /// acknowledged from here on.
+    pub(super) fn attach(&mut self, fault: Stream, push: Stream) -> Bitmap {
+        self.commands.send(Command::Attach(FaultLane::new(fault, self.fault_bytes.clone())));
+        let settled = self.tree.report_settled();
+        self.push_lane = Some(push);
+        self.start_push();
+        settled
     }
 
     /// Has the fault loop look whether everything is settled and every question answered, and say so.
