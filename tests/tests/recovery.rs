@@ -22,6 +22,8 @@ const STORES: [&str; 2] = ["pipes", "frozen"];
 const FRAME: u64 = protocol::wire::frame::HEADER_LEN as u64;
 /// How soon pages come again once the link is up.
 const AT_ONCE: Duration = Duration::from_secs(1);
+/// How often the kernel asks for the address of a neighbour that was silent.
+const ARP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A workload whose memory changes, forks included, and is far from all here when the link breaks.
 fn busy(site: &Site) -> Options {
@@ -123,6 +125,8 @@ fn connections_that_are_reset_around_each_message_behind_the_switchover() {
             let mut stamp = Stamp::start(&busy(&site));
             let mut gate = Gate::new(&site, "reset");
             let plan = Plan::new().source(["--store", store]).destination_hook("post-restore", &gate.command());
+            // A source whose farewell is lost has ended: nobody dials.
+            let plan = plan.destination(["--give-up-after", "5"]);
             let (under_way, line) = over_proxy(&site, &plan, &stamp);
             gate.wait_reached();
             stamp.give_up();
@@ -187,7 +191,7 @@ fn a_cable_that_is_out_until_both_sides_have_noticed() {
         println!("up to the first operation: {waited:?}");
         let ended = under_way.wait();
         assert_done(&site, stamp, &ended);
-        assert!(waited < AT_ONCE, "{waited:?}");
+        assert!(waited < ARP_INTERVAL + AT_ONCE, "{waited:?}");
     }
 }
 
@@ -254,7 +258,7 @@ fn a_destination_that_has_let_go_ends_the_dialling_soon() {
     let begun = Instant::now();
     line.reset();
     let source = under_way.source.wait(MOVE);
-    source.assert(3, "paused", &["switchover was passed", "knows no such session"]);
+    source.assert(3, "paused", &["switchover was passed", "no such session"]);
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
 }

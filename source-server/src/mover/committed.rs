@@ -201,9 +201,9 @@ impl<'a> Committed<'a> {
                 Ok(settled) => break settled,
                 Err(error) => error,
             };
-            tracing::debug!("dialled in vain: {error}");
+            tracing::debug!("dialled in vain: {}", error.reason());
             let Some(pause) = redial.next(error.answer(), Instant::now()) else {
-                let reason = format!("{why}; gave up after {:.0?}: {error}", since.elapsed());
+                let reason = format!("{why}; gave up after {:.0?}: {}", since.elapsed(), error.reason());
                 return self.step(mover, Event::Broken, &reason);
             };
             mover.progress.show(|| format!("paused for {:.0?}: {why}; dialling again", since.elapsed()));

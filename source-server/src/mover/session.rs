@@ -199,6 +199,14 @@ pub(super) enum NotResumed {
 }
 
 impl NotResumed {
+    /// Why, in words.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Self::Link(LinkError::Hello { source: HelloError::Refused(refusal), .. }) => refusal.to_string(),
+            other => other.to_string(),
+        }
+    }
+
     /// What it says about the destination.
     pub(super) fn answer(&self) -> Failure {
         match self {
