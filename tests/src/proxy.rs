@@ -9,8 +9,8 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -252,7 +252,11 @@ mod tests {
             let (mut near, mut far) = pair(&proxy, &listener);
             near.write_all(b"ping").unwrap();
             far.read_exact(&mut bytes).unwrap();
-            if down { proxy.set_down(true) } else { proxy.reset() }
+            if down {
+                proxy.set_down(true)
+            } else {
+                proxy.reset()
+            }
             assert_eq!(near.read(&mut bytes).unwrap_err().kind(), ErrorKind::ConnectionReset);
             assert_eq!(far.read(&mut bytes).unwrap_err().kind(), ErrorKind::ConnectionReset);
         }

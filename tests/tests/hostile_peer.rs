@@ -418,6 +418,8 @@ fn a_destination_that_misbehaves_behind_the_commit_does_not_get_the_process_resu
     for store in ["pipes", "frozen"] {
         for (what, act, word) in acts {
             println!("{store}: {what}");
+            // With nothing left of the act before, which was dialled again.
+            victim.impostor = Impostor::new();
             let source = victim.source(store);
             let mut session = victim.impostor.accept();
             session.take_commit();

@@ -124,7 +124,8 @@ fn connections_that_are_reset_around_each_message_behind_the_switchover() {
             println!("{what}, {store}");
             let mut stamp = Stamp::start(&busy(&site));
             let mut gate = Gate::new(&site, "reset");
-            let plan = Plan::new().source(["--store", store]).destination_hook("post-restore", &gate.command());
+            let plan =
+                Plan::new().source(["--store", store]).destination_hook("post-restore", &gate.command());
             // A source whose farewell is lost has ended: nobody dials.
             let plan = plan.destination(["--give-up-after", "5"]);
             let (under_way, line) = over_proxy(&site, &plan, &stamp);
@@ -139,13 +140,9 @@ fn connections_that_are_reset_around_each_message_behind_the_switchover() {
 }
 
 /// Hosts with a cable between them, and a move over it that is under way.
-fn over_cable<'a>(
-    lab: &'a Lab,
-    site: &Site,
-    link: &str,
-    options: &Options,
-) -> (Move, Stamp, Plan<'a>) {
-    let mut stamp = Stamp::start_as(lab.run_in(Host::Source, tests::programs::program("experiments")), options);
+fn over_cable<'a>(lab: &'a Lab, site: &Site, link: &str, options: &Options) -> (Move, Stamp, Plan<'a>) {
+    let mut stamp =
+        Stamp::start_as(lab.run_in(Host::Source, tests::programs::program("experiments")), options);
     let keys = (link != "tcp").then(|| Keys::new(site).plan(link)).unwrap_or_default();
     let plan = Plan { lab: Some(lab), ..slow_push(Plan { lab: None, ..keys }) };
     let under_way = plan.start(site, stamp.pid());
@@ -236,7 +233,8 @@ fn an_interrupt_ends_a_pause_and_what_is_kept_stays() {
         tools.iter().for_each(|tool| drop(tool.wait_line("paused: ", STEP)));
         let order = if first == "source" { tools } else { [tools[1], tools[0]] };
         order.iter().for_each(|tool| tool.signal(Signal::SIGINT));
-        let ended = Ended { source: under_way.source.wait(STEP), destination: under_way.destination.wait(STEP) };
+        let ended =
+            Ended { source: under_way.source.wait(STEP), destination: under_way.destination.wait(STEP) };
         ended.assert_paused();
         assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
         let kept = |name: &str| site.processes().iter().any(|entry| entry.name.contains(name));

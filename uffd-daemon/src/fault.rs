@@ -23,10 +23,12 @@ use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
 
 use crate::inflight::{Asked, InFlight, Purpose, Waiter};
-use crate::keeper::KeeperHandle;
+use crate::journal::What;
+use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
 use crate::pages::{Arrival, Blocked, Resolution, SpaceId};
 use crate::prefetch::Streams;
+use crate::takeover::ServedSpace;
 use crate::tree::{TaskFamily, Tree};
 use crate::upstream::{Upstream, UpstreamError};
 
@@ -53,6 +55,8 @@ pub enum Command<U> {
         /// Its userfaultfd.
         uffd: OwnedFd,
     },
+    /// A space that another daemon served before.
+    Adopt(ServedSpace),
     /// All tasks run: the background may begin.
     Running,
     /// Let go of the page source, and say so.
@@ -76,12 +80,6 @@ pub enum Notice {
     Broken(String),
 }
 
-struct Served {
-    family: usize,
-    space: SpaceId,
-    uffd: Arc<Uffd>,
-}
-
 /// Where in the polled set the commands are.
 const COMMANDS: usize = 0;
 
@@ -96,7 +94,7 @@ struct Deferred {
 pub struct FaultLoop<U> {
     tree: Arc<Tree>,
     upstream: Option<U>,
-    served: Vec<Served>,
+    served: Vec<ServedSpace>,
     in_flight: InFlight,
     /// By family.
     streams: Vec<Streams>,
@@ -118,11 +116,11 @@ pub struct FaultLoop<U> {
 }
 
 impl<U: Upstream> FaultLoop<U> {
-    /// A loop that obeys `commands`.
+    /// A loop that obeys `commands`; without a page source it waits for one.
     #[must_use]
     pub fn new(
         tree: Arc<Tree>,
-        upstream: U,
+        upstream: Option<U>,
         commands: Mailbox<Command<U>>,
         notices: Post<Notice>,
         keeper: Option<KeeperHandle>,
@@ -131,7 +129,7 @@ impl<U: Upstream> FaultLoop<U> {
         Self {
             streams: vec![Streams::default(); tree.len()],
             tree,
-            upstream: Some(upstream),
+            upstream,
             served: Vec::new(),
             in_flight: InFlight::default(),
             deferred: Vec::new(),
@@ -235,8 +233,9 @@ impl<U: Upstream> FaultLoop<U> {
                 Command::Serve { family, uffd } => {
                     let uffd = Arc::new(Uffd::from(uffd));
                     let space = self.tree.lock(family).restored(uffd.clone());
-                    self.served.push(Served { family, space, uffd });
+                    self.served.push(ServedSpace { family, space, uffd });
                 }
+                Command::Adopt(space) => self.served.push(space),
                 Command::Running => (self.running, self.maybe_settled) = (true, true),
                 Command::Detach => {
                     self.upstream = None;
@@ -251,7 +250,7 @@ impl<U: Upstream> FaultLoop<U> {
     }
 
     fn read_events(&mut self, position: usize) -> io::Result<()> {
-        let Some(Served { family, space, uffd }) = self.served.get(position) else { return Ok(()) };
+        let Some(ServedSpace { family, space, uffd }) = self.served.get(position) else { return Ok(()) };
         let (family, space, uffd) = (*family, *space, uffd.clone());
         let tree = self.tree.clone();
         // The wait for the family is part of a fault's latency.
@@ -265,6 +264,9 @@ impl<U: Upstream> FaultLoop<U> {
         let mut zeroes: [TaskAddr; kernel::uffd::EVENTS_PER_READ] = [TaskAddr::default(); _];
         let mut zeroed = 0;
         let mut unknown = None;
+        if let Some(journal) = tree.journal() {
+            journal.reads(family);
+        }
         uffd.read(&mut self.events, |event| match event {
             Event::Fault { address } => {
                 let at = TaskAddr::containing(address);
@@ -289,23 +291,29 @@ impl<U: Upstream> FaultLoop<U> {
             Event::Remap { from, to, len } => {
                 let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
                 guard.remapped(space, from, to, bytes_to_pages(len));
+                tree.record(family, space, What::Remapped { from, to, pages: bytes_to_pages(len) });
                 wake(&uffd, from, len);
             }
             Event::Remove { start, end } => {
-                let start = TaskAddr::containing(start);
-                guard.removed(space, start, TaskAddr::containing(end));
-                wake(&uffd, start, end - start.get());
+                let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
+                guard.removed(space, start, end);
+                tree.record(family, space, What::Removed { start, end });
+                wake(&uffd, start, end.get() - start.get());
             }
             Event::Unmap { start, end } => {
-                let start = TaskAddr::containing(start);
-                guard.unmapped(space, start, TaskAddr::containing(end));
-                wake(&uffd, start, end - start.get());
+                let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
+                guard.unmapped(space, start, end);
+                tree.record(family, space, What::Unmapped { start, end });
+                wake(&uffd, start, end.get() - start.get());
             }
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
         self.maybe_settled |= guard.remote_pages() == 0;
         for child in children {
             self.adopt(&mut guard, family, space, child);
+        }
+        if let Some(journal) = tree.journal() {
+            journal.has_read();
         }
         for at in &zeroes[..zeroed] {
             // A page of a fork's copy or one that changed hands within this batch is looked at again.
@@ -378,7 +386,9 @@ impl<U: Upstream> FaultLoop<U> {
         let asked = self.in_flight.open().try_for_each(|(id, asked)| {
             let family = tree.lock(asked.family);
             let found = family.map().locate(family.map().first + asked.first);
-            let Some(run) = found.and_then(|(addr, _)| PageRun::new(addr, asked.pages)) else { return Ok(()) };
+            let Some(run) = found.and_then(|(addr, _)| PageRun::new(addr, asked.pages)) else {
+                return Ok(());
+            };
             upstream.ask(id, asked.purpose, family.task(), run)
         });
         self.upstream = Some(upstream);
@@ -389,12 +399,13 @@ impl<U: Upstream> FaultLoop<U> {
     }
 
     fn adopt(&mut self, family: &mut TaskFamily, position: usize, parent: SpaceId, child: OwnedFd) {
-        if let Some(keeper) = &self.keeper {
-            keeper.hold(child.as_fd());
-        }
         let uffd = Arc::new(Uffd::from(child));
         if let Some(space) = family.forked(parent, uffd.clone()) {
-            self.served.push(Served { family: position, space, uffd });
+            if let Some(keeper) = &self.keeper {
+                keeper.hold(Owner::new(position, space.number()), uffd.as_fd());
+            }
+            self.tree.record(position, parent, What::Forked { child: space });
+            self.served.push(ServedSpace { family: position, space, uffd });
         }
     }
 

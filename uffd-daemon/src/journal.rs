@@ -119,7 +119,12 @@ impl Journal {
 
     fn map(file: &File, pages: u64) -> io::Result<Self> {
         let region = Region::shared_file(file, region_pages(pages))?;
-        Ok(Self { region, pages, changes_at: HEADER_WORDS + bitmap_words(pages), room: limits::JOURNAL_CHANGES })
+        Ok(Self {
+            region,
+            pages,
+            changes_at: HEADER_WORDS + bitmap_words(pages),
+            room: limits::JOURNAL_CHANGES,
+        })
     }
 
     fn word(&self, at: usize) -> &AtomicU64 {
@@ -253,7 +258,8 @@ mod tests {
     use super::*;
 
     fn change(number: u64) -> Change {
-        let (space, at) = (SpaceId::numbered(number % 3).unwrap(), |page: u64| TaskAddr::containing(page << 12));
+        let (space, at) =
+            (SpaceId::numbered(number % 3).unwrap(), |page: u64| TaskAddr::containing(page << 12));
         let what = match number % 4 {
             0 => What::Removed { start: at(number), end: at(number + 1) },
             1 => What::Unmapped { start: at(number), end: at(number + 2) },

@@ -8,14 +8,17 @@
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
 //! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
 //! - [`steering`]: where the threads of both run
-//! - [`keeper`]: what keeps tasks safe from a daemon that dies
+//! - [`keeper`]: what keeps tasks safe from a daemon that dies; [`journal`]: what it has to know of their address spaces
+//! - [`state`], [`takeover`], [`abandon`]: what becomes of a move whose daemon has ended
 #![forbid(unsafe_code)]
 
+pub mod abandon;
 pub mod barrier;
 pub mod cli;
 pub mod fault;
 pub mod handover;
 pub mod inflight;
+pub mod journal;
 pub mod keeper;
 pub mod latency;
 pub mod lazy_pages;
@@ -28,6 +31,8 @@ pub mod push;
 pub mod restore;
 pub mod serve;
 pub mod session;
+pub mod state;
 pub mod steering;
+pub mod takeover;
 pub mod tree;
 pub mod upstream;

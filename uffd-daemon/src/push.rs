@@ -163,6 +163,8 @@ impl PushLane {
 
     fn send_acks(&mut self) -> Result<(), PushError> {
         if !self.acks.is_empty() {
+            // Once it is said, the source lets go.
+            self.tree.record_acknowledged(&self.acks);
             self.stream.send_all(&encode_ack(&self.acks), false)?;
             self.acks.clear();
         }

@@ -44,14 +44,13 @@ pub(crate) fn table() -> String {
 }
 
 fn row(table: &mut String, point: &str, world: &World) {
-    let cells = 
-        [World::cut_everything, World::cut_for_good, World::kill_source, World::kill_destination]
-    .map(|fault| {
-        let mut world = world.clone();
-        fault(&mut world);
-        let explored = explore(world, RULES, false);
-        assert!(explored.violation.is_none(), "{:#?}", explored.violation);
-        explored.outcomes.into_keys().collect::<Vec<_>>().join("; or ")
-    });
+    let cells = [World::cut_everything, World::cut_for_good, World::kill_source, World::kill_destination]
+        .map(|fault| {
+            let mut world = world.clone();
+            fault(&mut world);
+            let explored = explore(world, RULES, false);
+            assert!(explored.violation.is_none(), "{:#?}", explored.violation);
+            explored.outcomes.into_keys().collect::<Vec<_>>().join("; or ")
+        });
     let _ = writeln!(table, "| {point} | {} |", cells.join(" | "));
 }

@@ -86,8 +86,7 @@ impl<'a> Committed<'a> {
                     let event = Event::from(&message);
                     let what = match message {
                         Control::Complete(summary) => {
-                            let late =
-                                "the destination says that it is complete but has not acknowledged every page";
+                            let late = "the destination says that it is complete but has not acknowledged every page";
                             self.complete = Some(summary);
                             self.due = Some((Instant::now() + limits::LAST_ACK_TIMEOUT, late));
                             String::new()
@@ -227,7 +226,9 @@ impl<'a> Committed<'a> {
             match notice {
                 Notice::Drained(Ok(())) if !self.runs => self.drained = true,
                 Notice::Drained(Ok(())) => released = self.step(mover, Event::Drained, "")?,
-                Notice::Drained(Err(error)) => released = self.step(mover, Event::Broken, &error.to_string())?,
+                Notice::Drained(Err(error)) => {
+                    released = self.step(mover, Event::Broken, &error.to_string())?
+                }
                 Notice::AllAcknowledged if self.runs => {
                     released = self.step(mover, Event::Acknowledged, "")?;
                 }

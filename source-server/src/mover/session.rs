@@ -87,7 +87,12 @@ impl Session {
     }
 
     /// Makes the connections anew, and hears which of `pages` pages are settled at the destination.
-    pub(super) fn resume(&mut self, mover: &Mover, limit: Duration, pages: u64) -> Result<Bitmap, NotResumed> {
+    pub(super) fn resume(
+        &mut self,
+        mover: &Mover,
+        limit: Duration,
+        pages: u64,
+    ) -> Result<Bitmap, NotResumed> {
         self.attempt = self.attempt.wrapping_add(1).max(1);
         let (to, attempt) = (&mover.config.to, self.attempt);
         let hello = |role| Hello { attempt, ..Hello::new(role, 0, mover.id, mover.secret) };

@@ -28,12 +28,14 @@ use host::waiting;
 use host::workdir::WorkDir;
 use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::wire::control::{Control, Offer};
-use protocol::wire::hello::Hello;
+use protocol::wire::hello::{Hello, SessionId, SessionSecret};
 use protocol::wire::switchover::destination::{Action, Ending, Event, Switchover};
 
 use crate::limits;
 use crate::preflight;
 use crate::restore::PidPlace;
+use crate::state::StateDir;
+use crate::takeover::Taken;
 
 use arrivals::Gathered;
 use brought_up::BroughtUp;
@@ -49,12 +51,27 @@ pub struct SessionConfig {
     pub hooks: Hooks,
     /// Where working directories are made.
     pub work_dir: Option<PathBuf>,
+    /// What is left behind; nothing if no other daemon is to take over.
+    pub state: Option<StateConfig>,
     /// How long a source that was lost behind the switchover is waited for; none is for ever.
     pub give_up_after: Option<Duration>,
     /// No progress.
     pub quiet: bool,
     /// Passed on to `criu restore`.
     pub criu_options: Vec<OsString>,
+}
+
+/// What a daemon leaves behind about its sessions for one that takes over.
+#[derive(Clone, Debug)]
+pub struct StateConfig {
+    /// Where keepers are found.
+    pub dir: StateDir,
+    /// Where the daemon listens.
+    pub listen: String,
+    /// The options of its link.
+    pub link: Vec<String>,
+    /// Whose state it is.
+    pub session: Option<(SessionId, SessionSecret)>,
 }
 
 /// Why a move did not end well here.
@@ -103,6 +120,9 @@ impl Session {
     ) -> Self {
         config.hooks.tell("POSTCOPY_ROLE", "destination");
         config.hooks.tell("POSTCOPY_SESSION", hello.session);
+        if let Some(state) = &mut config.state {
+            state.session = Some((hello.session, hello.secret));
+        }
         let recorder = Recorder::new(hello.session.to_string(), "destination");
         let progress = Progress::new(config.quiet);
         Self { config, control, arrivals, gathered: None, recorder, progress, interrupt }
@@ -111,6 +131,18 @@ impl Session {
     /// Takes the move, and reports in any case.
     pub fn run(mut self) -> (Report, Result<(), SessionError>) {
         let result = self.phases();
+        self.report(result)
+    }
+
+    /// Goes on with a move whose daemon has ended, and reports in any case.
+    pub fn run_taken_over(mut self, taken: Taken) -> (Report, Result<(), SessionError>) {
+        self.recorder.phase("push");
+        self.arrivals.allow_resume();
+        let result = self.take_over(taken);
+        self.report(result)
+    }
+
+    fn report(mut self, result: Result<(), SessionError>) -> (Report, Result<(), SessionError>) {
         self.progress.clear();
         let outcome = match &result {
             Ok(()) => Outcome::Released,

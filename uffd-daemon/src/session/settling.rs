@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use host::hooks::HookPhase;
+use host::report::TaskReport;
 use host::waiting;
 use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::wire::control::{Control, Summary};
@@ -22,6 +23,7 @@ use super::arrivals::Gathered;
 use super::brought_up::{BroughtUp, Failure};
 use super::{LANE_PATIENCE, Session, SessionError};
 use crate::fault::Notice;
+use crate::takeover::Taken;
 use crate::{latency, limits};
 
 /// How a pause ends well.
@@ -39,7 +41,32 @@ impl Session {
         mut brought_up: BroughtUp,
         mut switchover: Switchover,
     ) -> Result<(), SessionError> {
-        let Err(Failure { reason, event }) = self.try_settle(&mut brought_up, &mut switchover) else {
+        let running = self.run_tasks(&mut brought_up, &mut switchover);
+        let ended = running.and_then(|(at, told)| self.follow(&mut brought_up, &mut switchover, at, told));
+        self.conclude(brought_up, switchover, ended)
+    }
+
+    /// Goes on with tasks that run and whose daemon has ended: the source makes new connections.
+    pub(super) fn take_over(&mut self, taken: Taken) -> Result<(), SessionError> {
+        let tasks = taken.map.tasks().iter();
+        self.recorder.report().tasks =
+            tasks.map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
+        let adopted = BroughtUp::adopt(taken);
+        let mut brought_up =
+            adopted.map_err(|error| SessionError::Paused(format!("cannot go on: {error}")))?;
+        let mut switchover = Switchover::taken_over();
+        let lost = Failure { reason: "its daemon has ended, this one takes over".into(), event: Event::Lost };
+        let ended = self.follow(&mut brought_up, &mut switchover, Instant::now(), Err(lost));
+        self.conclude(brought_up, switchover, ended)
+    }
+
+    fn conclude(
+        &mut self,
+        brought_up: BroughtUp,
+        mut switchover: Switchover,
+        ended: Result<(), Failure>,
+    ) -> Result<(), SessionError> {
+        let Err(Failure { reason, event }) = ended else {
             if let Err(error) = self.config.hooks.run(HookPhase::Released) {
                 tracing::error!("{error}");
             }
@@ -55,19 +82,36 @@ impl Session {
         Err(SessionError::Paused(brought_up.pause(&reason)))
     }
 
-    /// Runs the tasks and waits until every page is here and the source has heard so; an error pauses for good.
-    fn try_settle(&mut self, brought_up: &mut BroughtUp, switchover: &mut Switchover) -> Result<(), Failure> {
+    /// Lets the tasks run and says so: since when they do, and whether it could be said.
+    #[allow(clippy::type_complexity)]
+    fn run_tasks(
+        &mut self,
+        brought_up: &mut BroughtUp,
+        switchover: &mut Switchover,
+    ) -> Result<(Instant, Result<(), Failure>), Failure> {
         let running_at = brought_up.run()?;
         if let Some(frozen_at) = brought_up.frozen_at {
             let blackout = running_at.saturating_duration_since(frozen_at);
             self.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
         }
         self.recorder.phase_at("push", running_at);
-        let mut result = match switchover.step(Event::Resumed) {
+        let told = match switchover.step(Event::Resumed) {
             Action::SendRunning => self.send(&Control::Running),
             _ => Ok(()),
         };
         brought_up.start_push();
+        Ok((running_at, told))
+    }
+
+    /// Waits until every page is here and the source has heard so, over as many connections as it takes; an error
+    /// pauses for good.
+    fn follow(
+        &mut self,
+        brought_up: &mut BroughtUp,
+        switchover: &mut Switchover,
+        running_at: Instant,
+        mut result: Result<(), Failure>,
+    ) -> Result<(), Failure> {
         loop {
             result = result.and_then(|()| self.fetch(brought_up, switchover, running_at));
             let Err(failure) = result else { return Ok(()) };
@@ -134,10 +178,9 @@ impl Session {
     fn look_at_arrivals(&mut self) -> Result<(), Failure> {
         self.gathered = self.arrivals.take().or(self.gathered.take());
         match self.gathered {
-            Some(_) => Err(Failure {
-                reason: "the source has made new connections".into(),
-                event: Event::Lost,
-            }),
+            Some(_) => {
+                Err(Failure { reason: "the source has made new connections".into(), event: Event::Lost })
+            }
             None => Ok(()),
         }
     }
@@ -230,7 +273,8 @@ impl Session {
                 switchover.step(Event::Settled);
             }
             let limit = if whole { limit.or(Some(limits::WHOLE_PATIENCE)) } else { limit };
-            let interrupted = waiting::readable_within(self.interrupt.as_fd(), Duration::ZERO).unwrap_or(true);
+            let interrupted =
+                waiting::readable_within(self.interrupt.as_fd(), Duration::ZERO).unwrap_or(true);
             if interrupted || limit.is_some_and(|limit| since.elapsed() >= limit) {
                 let ended = if interrupted { "interrupted while paused" } else { "gave up waiting for it" };
                 return match switchover.step(Event::Broken) {

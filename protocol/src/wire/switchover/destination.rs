@@ -149,6 +149,12 @@ impl Default for Switchover {
 }
 
 impl Switchover {
+    /// Of a move whose program ended while the tasks ran: the source has to make new connections.
+    #[must_use]
+    pub const fn taken_over() -> Self {
+        Self(State::Paused { whole: false })
+    }
+
     /// What to do about `event`.
     pub fn step(&mut self, event: Event) -> Action {
         let (next, action) = decide(self.0, event);

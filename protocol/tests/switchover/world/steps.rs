@@ -131,10 +131,8 @@ impl World {
         });
         // Before it has heard of Commit the destination says that it cannot yet; while it lifts the barrier the
         // connections wait.
-        let runs = matches!(
-            knows,
-            Some(State::Running | State::Settled | State::Completed | State::Paused { .. })
-        );
+        let runs =
+            matches!(knows, Some(State::Running | State::Settled | State::Completed | State::Paused { .. }));
         self.step(steps, !self.down && runs, Kind::Progress, "new connections are made", |world| {
             if !matches!(knows, Some(State::Paused { .. })) {
                 world.destination_event(rules, destination::Event::Lost);
@@ -224,7 +222,13 @@ impl World {
         let fetching = state == State::Running && self.lanes_cut && !self.here;
         self.step(steps, fetching, Kind::Progress, "destination: a lane has ended", on(Event::Lost));
         let waits = state == State::Paused { whole: false };
-        self.step(steps, waits && self.here, Kind::Progress, "destination: has every page", on(Event::Settled));
+        self.step(
+            steps,
+            waits && self.here,
+            Kind::Progress,
+            "destination: has every page",
+            on(Event::Settled),
+        );
         let limited = match state {
             State::Restoring => self.images_here,
             State::Prepared | State::Committed | State::Completed | State::Paused { .. } => true,
