@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use protocol::wire::control::{FileCheck, Problem};
@@ -93,8 +94,15 @@ pub fn raise_open_files_limit() -> u64 {
 /// # Errors
 /// What the file system says.
 pub fn file_check(path: &str) -> io::Result<FileCheck> {
-    let mut file = fs::File::open(path)?;
-    let size = file.metadata()?.len();
+    // A peer names the path: opening a device may do something, and opening a FIFO waits.
+    let regular = |metadata: fs::Metadata| match metadata.is_file() {
+        true => Ok(metadata.len()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")),
+    };
+    regular(fs::metadata(path)?)?;
+    let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let size = regular(file.metadata()?)?;
     Ok(FileCheck { path: path.to_owned(), size, build_id: build_id(&mut file).unwrap_or_default() })
 }
 
@@ -175,6 +183,16 @@ mod tests {
         assert!(check_file(&check).is_some());
         check.path = "/nonexistent".into();
         assert!(check_file(&check).unwrap().what.contains("/nonexistent"));
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [fifo.to_str().unwrap(), "/dev/null", dir.path().to_str().unwrap()] {
+            assert_eq!(file_check(path).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{path}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The options by which both programs are told how pages travel, and to whom.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
@@ -35,6 +35,42 @@ impl LinkOptions {
     /// What is wrong or missing, and what to do.
     pub fn endpoint(&self, address: &str) -> Result<Endpoint, String> {
         Endpoint::parse(self.link, address, &self.protection()?)
+    }
+
+    /// The same options as a command line has them, for a process that begins elsewhere.
+    #[must_use]
+    pub fn to_arguments(&self) -> Vec<String> {
+        let absolute =
+            |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.into()).display().to_string();
+        let mut arguments = vec!["--link".to_owned(), self.link.to_string()];
+        if let Some(dir) = &self.identity {
+            arguments.extend(["--identity".into(), absolute(dir)]);
+        }
+        for peer in &self.peers {
+            arguments.extend(["--peer".into(), peer.to_string()]);
+        }
+        if let Some(file) = &self.ca {
+            arguments.extend(["--ca".into(), absolute(file)]);
+        }
+        if self.insecure {
+            arguments.push("--insecure".into());
+        }
+        arguments
+    }
+
+    /// Reads what [`LinkOptions::to_arguments`] has made.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn from_arguments(arguments: &[String]) -> Result<Self, String> {
+        #[derive(clap::Parser)]
+        #[command(no_binary_name = true)]
+        struct Options {
+            #[command(flatten)]
+            link: LinkOptions,
+        }
+        let options = <Options as clap::Parser>::try_parse_from(arguments);
+        options.map(|options| options.link).map_err(|error| error.to_string())
     }
 
     fn protection(&self) -> Result<Protection, String> {

@@ -183,8 +183,11 @@ impl Recorder {
         self.phase_at(name, Instant::now());
     }
 
-    /// As [`Recorder::phase`], for a moment that was only noticed later.
+    /// As [`Recorder::phase`], for a moment that was only noticed later. The phase that is open goes on.
     pub fn phase_at(&mut self, name: &'static str, at: Instant) {
+        if self.open.is_some_and(|(open, _)| open == name) {
+            return;
+        }
         self.close(at);
         // The first begins with the whole: nothing is left out between them.
         let first = self.report.phases.is_empty();

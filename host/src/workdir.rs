@@ -3,11 +3,22 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use tempfile::TempDir;
-
 /// A directory for images, logs and sockets of one move; removed when dropped.
 #[derive(Debug)]
-pub struct WorkDir(TempDir);
+pub struct WorkDir {
+    /// Empty once it is somebody else's.
+    path: PathBuf,
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if !self.path.as_os_str().is_empty() {
+            if let Err(error) = std::fs::remove_dir_all(&self.path) {
+                tracing::debug!("cannot remove {}: {error}", self.path.display());
+            }
+        }
+    }
+}
 
 impl WorkDir {
     /// Makes one below `parent`, or below a memory file system if none is given: images must not wait for a
@@ -27,19 +38,25 @@ impl WorkDir {
         let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
         let prefix = format!("{prefix}-");
         let dir = tempfile::Builder::new().prefix(&prefix).permissions(private).tempdir_in(place)?;
-        Ok(Self(dir))
+        Ok(Self { path: dir.keep() })
+    }
+
+    /// One that a process made that has ended.
+    #[must_use]
+    pub const fn adopt(path: PathBuf) -> Self {
+        Self { path }
     }
 
     /// Its path, absolute.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.0.path()
+        &self.path
     }
 
     /// Keeps it on disk, for somebody to look at.
     #[must_use]
-    pub fn keep(self) -> PathBuf {
-        self.0.keep()
+    pub fn keep(mut self) -> PathBuf {
+        std::mem::take(&mut self.path)
     }
 }
 

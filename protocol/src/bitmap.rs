@@ -192,6 +192,24 @@ impl Bitmap {
         total
     }
 
+    /// The bits of `start..end` in bytes, lowest first; `start` is a multiple of 64. Bits past the end are clear.
+    ///
+    /// # Panics
+    /// If `start` is no multiple of 64.
+    #[must_use]
+    pub fn bytes(&self, start: u64, end: u64) -> Vec<u8> {
+        assert_eq!(start % BITS, 0, "pieces begin at a word");
+        let end = end.min(self.len).max(start);
+        let (first, last) = (split(start).0, split(end.next_multiple_of(BITS)).0);
+        let words = self.words[first.min(self.words.len())..last].iter();
+        let mut bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
+        bytes.truncate(usize::try_from((end - start).div_ceil(8)).unwrap_or(usize::MAX));
+        if let (Some(byte), rest @ 1..) = (bytes.last_mut(), (end - start) % 8) {
+            *byte &= (1 << rest) - 1;
+        }
+        bytes
+    }
+
     /// Number of set bits.
     #[must_use]
     pub fn count(&self) -> u64 {

@@ -13,7 +13,7 @@ use protocol::link::{Endpoint, LinkKind, Protection};
 
 use crate::lanes::Pace;
 use crate::limits;
-use crate::mover::{MoveConfig, Mover, StoreKind};
+use crate::mover::{GiveUp, MoveConfig, Mover, StoreKind};
 use crate::page_server::{self, Pages};
 use crate::precopy::policy::Rounds;
 
@@ -103,6 +103,10 @@ struct MoveArguments {
     /// How fast the background may push: bytes per second (K, M, G), unlimited, or off
     #[arg(long, default_value = "unlimited", value_name = "RATE")]
     push_rate: Pace,
+    /// How long a destination that is lost after the switchover is dialled: seconds, or never; then both sides keep
+    /// what they have and the exit status is 3 [default: 60, and 30 if its host says that nobody listens]
+    #[arg(long, value_name = "SECONDS")]
+    give_up_after: Option<GiveUp>,
     /// Run COMMAND at a phase: pre-freeze, post-dump, released, rolled-back
     #[arg(long = "hook", value_name = "PHASE=COMMAND")]
     hooks: Vec<Hook>,
@@ -198,6 +202,7 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         pace: arguments.push_rate,
         precopy_rounds: arguments.precopy_rounds,
         precopy_pace: arguments.precopy_rate,
+        give_up: arguments.give_up_after.unwrap_or(GiveUp::Default),
         hooks: arguments.hooks,
         criu: arguments.common.criu,
         work_dir: arguments.common.work_dir,

@@ -116,6 +116,19 @@ impl Ledger {
             .collect()
     }
 
+    /// Begins again on new connections: what the destination says is settled is acknowledged, and what is not
+    /// acknowledged counts as never sent. Returns the chunks that are complete now and were not before.
+    pub fn resume(&mut self, settled: &Bitmap) -> Vec<u64> {
+        let mut complete = Vec::new();
+        let mut at = 0;
+        while let Some((first, behind)) = settled.run_in(at, self.sent.len()) {
+            complete.extend(self.acknowledge(first, behind - first));
+            at = behind;
+        }
+        self.sent = self.acknowledged.clone();
+        complete
+    }
+
     /// The runs of a chunk that nobody has sent yet, each within one lazy run and at most `most` pages long;
     /// they count as sent from now on.
     pub fn take_unsent(&mut self, map: &LazyMap, chunk: u64, most: u64, runs: &mut Vec<IndexedTaskRun>) {
@@ -208,6 +221,31 @@ mod tests {
         assert_eq!(ledger.take_unsent_from(8, 4), 0);
         assert_eq!(ledger.missing(), 12);
         assert_eq!(ledger.acknowledge(0, 8), [0]);
+    }
+
+    #[test]
+    fn on_new_connections_what_was_not_acknowledged_is_sent_again() {
+        let map = map();
+        let mut ledger = Ledger::new(map.pages(), 4);
+        let mut runs = Vec::new();
+        for chunk in 0..3 {
+            ledger.take_unsent(&map, chunk, 64, &mut runs);
+        }
+        assert_eq!(ledger.acknowledge(0, 5), [0]);
+        // The acknowledgement of 5..8 was lost; what the map lacks of 0..5 is not taken back.
+        let mut settled = Bitmap::clear(map.pages());
+        settled.set_range(4, 8);
+        settled.set(10);
+        assert_eq!(ledger.resume(&settled), [1]);
+        assert_eq!(ledger.missing(), 3);
+        ledger.take_unsent(&map, 0, 64, &mut runs);
+        assert!(runs.is_empty());
+        ledger.take_unsent(&map, 2, 64, &mut runs);
+        let again: Vec<_> = runs.iter().map(|run| (run.first, run.what.run.pages)).collect();
+        assert_eq!(again, [(8, 2), (11, 1)]);
+        settled.set_range(0, map.pages());
+        assert_eq!(ledger.resume(&settled), [2]);
+        assert_eq!(ledger.missing(), 0);
     }
 
     #[test]

@@ -80,3 +80,24 @@ pub const PRECOPY_GROWTH: (u64, u64) = (4, 16 << 20);
 pub const PRECOPY_NICENESS: i32 = 10;
 /// Pace of pre-copy by default. See docs/measuring.md.
 pub const PRECOPY_RATE: &str = "192M";
+/// How long a destination that was lost behind the switchover is dialled, unless the operator says otherwise: long
+/// enough for a link or a switch that starts again, short enough for a script that waits for the end.
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+/// How long it is dialled if its host says that nobody listens: a daemon that is started again needs less.
+pub const NOBODY_LISTENS_PATIENCE: Duration = Duration::from_secs(30);
+/// How long it is dialled if it says that it does not know the session: it has ended there.
+pub const UNKNOWN_SESSION_PATIENCE: Duration = Duration::from_secs(3);
+/// First and longest pause between two attempts. The longest is most of what a link that is up again waits for its
+/// first page.
+pub const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(50);
+/// See [`REDIAL_PAUSE_MIN`].
+pub const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How long one attempt may take, in times of what the first connection took.
+pub const REDIAL_PATIENCE_FACTOR: u32 = 4;
+/// Bounds of that: less would be too little for a busy host, and more than a hello may take is of no use.
+pub const REDIAL_PATIENCE_MIN: Duration = Duration::from_millis(400);
+/// See [`REDIAL_PATIENCE_MIN`].
+pub const REDIAL_PATIENCE_MAX: Duration = Duration::from_secs(5);
+/// How long the destination may be silent on new connections before and between the pieces of its map: it may still
+/// be lifting the barrier.
+pub const MAP_TIMEOUT: Duration = Duration::from_secs(10);

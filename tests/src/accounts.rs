@@ -15,6 +15,8 @@ pub enum Memory {
     Steady,
     /// Mappings changed, or the tree forked: pages go, and arrive in several address spaces.
     Changing,
+    /// As well, and the link was lost on the way: what was on it was sent, and counted, and never came.
+    Resumed,
 }
 
 /// Judges the two reports of a move that was released.
@@ -49,7 +51,8 @@ pub fn check(source: &MoveReport, destination: &MoveReport, memory: Memory) {
         tasks
     };
     assert_eq!(tasks(source), tasks(destination), "{source}{destination}");
-    assert_eq!(source.bytes.fault_lane, destination.bytes.fault_lane, "{source}{destination}");
+    let (sent, came) = (source.bytes.fault_lane, destination.bytes.fault_lane);
+    assert!(sent == came || memory == Memory::Resumed && sent > came, "{source}{destination}");
     assert_eq!(source.bytes.precopy, destination.bytes.precopy, "{source}{destination}");
     // What was pushed and asked for as well may still be on its way when everything has arrived.
     assert!(source.bytes.push_lane >= destination.bytes.push_lane, "{source}{destination}");
@@ -87,6 +90,10 @@ fn check_phases(report: &MoveReport) {
 #[track_caller]
 fn check_lanes(report: &MoveReport, memory: Memory) {
     let (pages, bytes, faults) = (report.pages, report.bytes, report.fault_latency_us.count);
+    if memory == Memory::Resumed {
+        // Frames ended in their middle.
+        return;
+    }
     let answer = PAGE_BYTES + HEAD_BYTES;
     assert!(bytes.fault_lane >= faults * answer, "faults without an answer: {report}");
     // Asked ahead, pages travel together; an answer without data says that they were settled or are pushed.

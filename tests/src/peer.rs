@@ -12,6 +12,7 @@ use protocol::wire::hello::{
     HELLO_LEN, HELLO_REPLY_LEN, Hello, HelloError, Refusal, Role, SessionId, SessionSecret, decode_reply,
     encode_reply,
 };
+use protocol::wire::limits::VERSION_MAX;
 
 use crate::STEP;
 
@@ -280,7 +281,7 @@ impl Impostor {
     #[track_caller]
     #[must_use]
     pub fn offered(&self) -> Peer {
-        let mut control = self.answer(&encode_reply(Ok(1)));
+        let mut control = self.answer(&encode_reply(Ok(VERSION_MAX)));
         assert!(matches!(control.receive(), Some(Control::Offer(_))));
         control
     }
@@ -294,8 +295,8 @@ impl Impostor {
     pub fn accept(&self) -> Session {
         let mut control = self.offered();
         control.say(&Control::Verdict(vec![]));
-        let fault = self.answer(&encode_reply(Ok(1)));
-        Session { control, fault, push: self.answer(&encode_reply(Ok(1))) }
+        let fault = self.answer(&encode_reply(Ok(VERSION_MAX)));
+        Session { control, fault, push: self.answer(&encode_reply(Ok(VERSION_MAX))) }
     }
 }
 

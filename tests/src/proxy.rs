@@ -5,12 +5,12 @@
 //! ```
 //!
 //! A cut link resets every connection on both sides at once, as a router does that has forgotten them; bytes that
-//! are on their way are lost.
+//! are on their way are lost. It stays cut, or takes new connections at once or after a while.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -27,9 +27,32 @@ pub struct Proxy {
 
 #[derive(Debug)]
 struct Line {
+    /// Nothing passes ever again.
     cut: AtomicBool,
-    /// What may still pass on the first connection towards the destination: the control connection.
-    control: AtomicU64,
+    /// New connections are reset at once.
+    down: AtomicBool,
+    /// Connections of an earlier one were reset.
+    generation: AtomicU64,
+    /// What may still pass on the first connection, the control connection, towards the destination and back.
+    control: [AtomicU64; 2],
+    /// What happens behind that.
+    then: Mutex<Then>,
+}
+
+/// What happens to a link behind the last byte that may pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    Cut,
+    Reset,
+}
+
+/// A direction of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Towards {
+    /// What the source sends.
+    Destination,
+    /// What the destination sends.
+    Source,
 }
 
 impl Proxy {
@@ -41,13 +64,23 @@ impl Proxy {
     pub fn to(destination: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("a bound socket").to_string();
-        let line = Arc::new(Line { cut: AtomicBool::new(false), control: AtomicU64::new(u64::MAX) });
+        let line = Arc::new(Line {
+            cut: AtomicBool::new(false),
+            down: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
+            control: [AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)],
+            then: Mutex::new(Then::Cut),
+        });
         let (shared, destination) = (line.clone(), destination.to_owned());
         std::thread::spawn(move || {
             let mut first = true;
             while let Ok((near, _)) = listener.accept() {
                 if shared.cut.load(SeqCst) {
                     return;
+                }
+                if shared.down.load(SeqCst) {
+                    let _ = SockRef::from(&near).set_linger(Some(Duration::ZERO));
+                    continue;
                 }
                 let Ok(far) = TcpStream::connect(&destination) else { continue };
                 shared.connect(near, far, std::mem::take(&mut first));
@@ -67,10 +100,33 @@ impl Proxy {
         self.line.cut.store(true, SeqCst);
     }
 
+    /// Resets every connection; new ones pass.
+    pub fn reset(&self) {
+        self.line.generation.fetch_add(1, SeqCst);
+    }
+
+    /// Whether new connections are reset at once, as those that stand.
+    pub fn set_down(&self, down: bool) {
+        self.line.down.store(down, SeqCst);
+        if down {
+            self.reset();
+        }
+    }
+
     /// Cuts the link once `bytes` more bytes of the control connection have passed to the destination; with 0, at
     /// the next one that should.
     pub fn cut_control_after(&self, bytes: u64) {
-        self.line.control.store(bytes, SeqCst);
+        self.limit(Towards::Destination, bytes, Then::Cut);
+    }
+
+    /// Resets every connection once `bytes` more bytes of the control connection have passed; new ones pass.
+    pub fn reset_control_after(&self, towards: Towards, bytes: u64) {
+        self.limit(towards, bytes, Then::Reset);
+    }
+
+    fn limit(&self, towards: Towards, bytes: u64, then: Then) {
+        *self.line.then.lock().unwrap_or_else(PoisonError::into_inner) = then;
+        self.line.control[towards as usize].store(bytes, SeqCst);
     }
 }
 
@@ -89,11 +145,14 @@ impl Line {
             let _ = socket.set_write_timeout(Some(LOOK));
         }
         let (near, far) = (Arc::new(near), Arc::new(far));
-        for (from, to, limited) in [(near.clone(), far.clone(), is_control), (far, near, false)] {
+        let generation = self.generation.load(SeqCst);
+        let (there, back) =
+            (is_control.then_some(Towards::Destination), is_control.then_some(Towards::Source));
+        for (from, to, limited) in [(near.clone(), far.clone(), there), (far, near, back)] {
             let line = self.clone();
             std::thread::spawn(move || {
-                line.pass(&from, &to, limited);
-                if line.cut.load(SeqCst) {
+                line.pass(&from, &to, limited, generation);
+                if line.is_over(generation) {
                     // Whoever of the two threads is last closes the sockets, which then resets.
                     let _ = SockRef::from(&*from).set_linger(Some(Duration::ZERO));
                     let _ = SockRef::from(&*to).set_linger(Some(Duration::ZERO));
@@ -104,9 +163,13 @@ impl Line {
         }
     }
 
-    fn pass(&self, mut from: &TcpStream, mut to: &TcpStream, limited: bool) {
+    fn is_over(&self, generation: u64) -> bool {
+        self.cut.load(SeqCst) || self.generation.load(SeqCst) != generation
+    }
+
+    fn pass(&self, mut from: &TcpStream, mut to: &TcpStream, limited: Option<Towards>, generation: u64) {
         let mut buffer = vec![0; 256 << 10];
-        while !self.cut.load(SeqCst) {
+        while !self.is_over(generation) {
             let got = match from.read(&mut buffer) {
                 Ok(0) => return,
                 Ok(got) => got,
@@ -115,25 +178,29 @@ impl Line {
             };
             let mut left = &buffer[..got];
             let mut last = false;
-            if limited {
-                let may_pass = self.control.load(SeqCst);
+            if let Some(towards) = limited {
+                let control = &self.control[towards as usize];
+                let may_pass = control.load(SeqCst);
                 left = &left[..got.min(usize::try_from(may_pass).unwrap_or(got))];
-                let rest = may_pass - left.len() as u64;
+                let rest = may_pass.saturating_sub(left.len() as u64);
                 last = rest == 0;
                 if may_pass != u64::MAX {
-                    self.control.store(rest, SeqCst);
+                    control.store(if last { u64::MAX } else { rest }, SeqCst);
                 }
             }
             if last {
                 // First of all nothing may come back. What is written below arrives before the reset.
-                self.cut.store(true, SeqCst);
-            } else if self.cut.load(SeqCst) {
+                match *self.then.lock().unwrap_or_else(PoisonError::into_inner) {
+                    Then::Cut => self.cut.store(true, SeqCst),
+                    Then::Reset => drop(self.generation.fetch_add(1, SeqCst)),
+                }
+            } else if self.is_over(generation) {
                 return;
             }
             while !left.is_empty() {
                 match to.write(left) {
                     Ok(written) => left = &left[written..],
-                    Err(error) if is_look(&error) && (last || !self.cut.load(SeqCst)) => {}
+                    Err(error) if is_look(&error) && (last || !self.is_over(generation)) => {}
                     Err(_) => return,
                 }
             }
@@ -174,6 +241,29 @@ mod tests {
         proxy.cut();
         assert_eq!(near.read(&mut bytes).unwrap_err().kind(), ErrorKind::ConnectionReset);
         assert_eq!(far.read(&mut bytes).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn takes_new_connections_after_a_reset_and_not_while_it_is_down() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let proxy = Proxy::to(&listener.local_addr().unwrap().to_string());
+        let mut bytes = [0; 4];
+        for down in [false, true] {
+            let (mut near, mut far) = pair(&proxy, &listener);
+            near.write_all(b"ping").unwrap();
+            far.read_exact(&mut bytes).unwrap();
+            if down {
+                proxy.set_down(true)
+            } else {
+                proxy.reset()
+            }
+            assert_eq!(near.read(&mut bytes).unwrap_err().kind(), ErrorKind::ConnectionReset);
+            assert_eq!(far.read(&mut bytes).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        }
+        let mut refused = TcpStream::connect(proxy.address()).unwrap();
+        assert!(refused.read(&mut bytes).is_err());
+        proxy.set_down(false);
+        drop(pair(&proxy, &listener));
     }
 
     #[test]

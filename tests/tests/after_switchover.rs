@@ -1,5 +1,6 @@
 //! From the moment the destination is told to run, the source never runs again, and no page that has not arrived
-//! reads as zero: whatever breaks, threads wait where they touch one, and both sides say who holds what.
+//! reads as zero: whatever breaks for good, threads wait where they touch one, and both sides say who holds what.
+//! What breaks and comes back is in `recovery`.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::time::Duration;
@@ -25,9 +26,10 @@ fn slow(site: &Site) -> Options {
     Options { mib: MIB, threads: 2, rate_us: 500, churn: true, ..stamps::options(site, "slow") }
 }
 
-/// A push that is far from its end when the link breaks.
+/// A push that is far from its end when the link breaks for good; neither side waits long for the other.
 fn plan(store: &str) -> Plan<'static> {
-    Plan::new().source(["--store", store, "--push-rate", "8M"])
+    let patience = ["--give-up-after", "2"];
+    Plan::new().source(["--store", store, "--push-rate", "8M"]).source(patience).destination(patience)
 }
 
 /// Waits until the moved copy works at the destination, most of its memory still missing.

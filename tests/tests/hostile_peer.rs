@@ -13,7 +13,7 @@ use protocol::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
 use protocol::wire::control::{Clean, Control, Dumped, ImageChunk, Offer, Problem, Summary};
 use protocol::wire::frame::{Header, Kind, TaskRun, encode_ack, encode_frame};
 use protocol::wire::hello::{Hello, HelloError, Refusal, Role, SessionSecret};
-use protocol::wire::limits::HELLO_TIMEOUT;
+use protocol::wire::limits::{HELLO_TIMEOUT, VERSION_MAX};
 use protocol::wire::precopy::{Areas, Round};
 use tests::moves::{Daemon, Plan, Side, Source};
 use tests::peer::{Impostor, Peer, Session, bytes, dumped, image, new_session, offer};
@@ -96,16 +96,22 @@ fn a_hello_that_cannot_be_served_is_refused() {
     let Some(target) = Target::new() else { return };
     let known = new_session();
     let (mut session, answer) = Peer::hello(target.address(), &known);
-    assert_eq!(answer, Ok(1));
+    assert_eq!(answer, Ok(VERSION_MAX));
     let unknown = new_session();
     for (hello, refusal) in [
-        (Hello { versions: (2, 9), ..unknown }, Refusal::Version),
+        (Hello { versions: (VERSION_MAX + 1, 9), ..unknown }, Refusal::Version),
         (Hello { versions: (0, 0), ..unknown }, Refusal::Version),
         (Hello { page_size: 65_536, ..unknown }, Refusal::PageSize),
         (Hello { role: Role::Fault, ..unknown }, Refusal::Session),
         (Hello { role: Role::Push, ..unknown }, Refusal::Session),
         (Hello { role: Role::Push, secret: SessionSecret([0; 16]), ..known }, Refusal::Session),
         (Hello { role: Role::Control, ..known }, Refusal::Session),
+        // Who takes over somebody's session: only with its secret, and only behind its switchover.
+        (Hello { attempt: 1, ..unknown }, Refusal::Session),
+        (Hello { attempt: 1, secret: SessionSecret([0; 16]), ..known }, Refusal::Session),
+        (Hello { attempt: 1, role: Role::Fault, secret: SessionSecret([0; 16]), ..known }, Refusal::Session),
+        (Hello { attempt: 1, ..known }, Refusal::NotYet),
+        (Hello { attempt: 1, role: Role::Push, ..known }, Refusal::NotYet),
     ] {
         let (mut peer, answer) = Peer::hello(target.address(), &hello);
         assert_eq!(answer, Err(HelloError::Refused(refusal)), "{hello:?}");
@@ -115,7 +121,11 @@ fn a_hello_that_cannot_be_served_is_refused() {
     session.say(&Control::Offer(offer()));
     assert_eq!(session.receive(), Some(Control::Verdict(vec![])));
     let lanes = [Role::Fault, Role::Push].map(|role| Peer::hello(target.address(), &Hello { role, ..known }));
-    assert!(lanes.iter().all(|(_, answer)| *answer == Ok(1)));
+    assert!(lanes.iter().all(|(_, answer)| *answer == Ok(VERSION_MAX)));
+    // More lanes than it has a use for wait for it, so many and no more.
+    let more = || Peer::hello(target.address(), &Hello { role: Role::Push, ..known });
+    let refused = (0..100).map(|_| more().1).find(Result::is_err);
+    assert_eq!(refused, Some(Err(HelloError::Refused(Refusal::Busy))));
     session.say(&Control::Abort("for no reason".into()));
     session.assert_gives_up("for no reason");
     target.finish();
@@ -126,7 +136,7 @@ fn who_says_nothing_is_dropped_and_blocks_nobody() {
     let Some(target) = Target::new() else { return };
     let silent: Vec<Peer> = (0..40).map(|_| Peer::connect(target.address())).collect();
     let (_open_session, answer) = Peer::hello(target.address(), &new_session());
-    assert_eq!(answer, Ok(1));
+    assert_eq!(answer, Ok(VERSION_MAX));
     let (_accepted, _lanes) = Peer::accepted(target.address());
     target.daemon.tool.wait_line("offered", STEP);
     let mut stamp = Stamp::start(&stamps::small(&target.site, 8));
@@ -161,7 +171,7 @@ fn sessions_that_begin_otherwise_than_with_an_offer_are_closed() {
         ("a farewell", bytes(&Control::Released)),
     ] {
         let (mut peer, answer) = Peer::hello(target.address(), &new_session());
-        assert_eq!(answer, Ok(1), "{what}");
+        assert_eq!(answer, Ok(VERSION_MAX), "{what}");
         peer.send(&sent);
         if what == "a frame that ends early" {
             drop(peer);
@@ -177,7 +187,7 @@ fn sessions_that_begin_otherwise_than_with_an_offer_are_closed() {
 fn offers_that_do_not_fit_are_refused_with_reasons() {
     let Some(target) = Target::new() else { return };
     let (mut peer, answer) = Peer::hello(target.address(), &new_session());
-    assert_eq!(answer, Ok(1));
+    assert_eq!(answer, Ok(VERSION_MAX));
     let mut bad = offer();
     bad.machine = "pdp11".into();
     bad.memory_bytes = u64::MAX;
@@ -194,7 +204,7 @@ fn offers_that_do_not_fit_are_refused_with_reasons() {
 fn a_session_without_lanes_is_given_up() {
     let Some(target) = Target::new() else { return };
     let (mut peer, answer) = Peer::hello(target.address(), &new_session());
-    assert_eq!(answer, Ok(1));
+    assert_eq!(answer, Ok(VERSION_MAX));
     peer.say(&Control::Offer(offer()));
     assert_eq!(peer.receive(), Some(Control::Verdict(vec![])));
     peer.assert_gives_up("no lanes");
@@ -398,7 +408,7 @@ impl Victim {
     }
 
     fn source(&self, store: &str) -> Source {
-        Plan::new().source(["--store", store]).source_to(
+        Plan::new().source(["--store", store, "--give-up-after", "1"]).source_to(
             &self.site,
             self.stamp.pid(),
             &self.impostor.address(),
@@ -539,6 +549,8 @@ fn a_destination_that_misbehaves_behind_the_commit_does_not_get_the_process_resu
     for store in ["pipes", "frozen"] {
         for (what, act, word) in acts {
             println!("{store}: {what}");
+            // With nothing left of the act before, which was dialled again.
+            victim.impostor = Impostor::new();
             let source = victim.source(store);
             let mut session = victim.impostor.accept();
             session.take_commit();
@@ -587,7 +599,7 @@ fn a_session_that_falls_silent_is_dropped() {
     }
     let Some(target) = Target::new() else { return };
     let (mut peer, answer) = Peer::hello(target.address(), &new_session());
-    assert_eq!(answer, Ok(1));
+    assert_eq!(answer, Ok(VERSION_MAX));
     peer.assert_ends(Duration::from_secs(40));
     let (mut peer, _lanes) = Peer::accepted(target.address());
     let whole = bytes(&image("core-1.img", b"x"));

@@ -60,7 +60,9 @@ fn a_link_that_is_cut_pauses_the_move() {
     for link in ["tls"] {
         let Some(site) = Site::new() else { return };
         let mut stamp = Stamp::start(&Options { rate_us: 500, ..stamps::small(&site, 128) });
+        let patience = ["--give-up-after", "2"];
         let plan = Keys::new(&site).plan(link).source(["--push-rate", "8M"]);
+        let plan = plan.source(patience).destination(patience);
         let destination = plan.serve(&site);
         let line = Proxy::to(&destination.address);
         let source = plan.source_to(&site, stamp.pid(), line.address());

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The loop also keeps the event queues empty: `madvise`, `munmap`, `mremap` and `fork` in the task wait
-//! until their event was read. When the page source is lost the loop goes on reading; faults then wait.
+//! until their event was read. When the page source is lost the loop goes on reading; faults then wait, and what was
+//! asked is asked again of the one that takes its place.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,10 +23,12 @@ use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
 
 use crate::inflight::{Asked, InFlight, Purpose, Waiter};
-use crate::keeper::KeeperHandle;
+use crate::journal::What;
+use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
 use crate::pages::{Arrival, Blocked, Resolution, SpaceId};
 use crate::prefetch::Streams;
+use crate::takeover::ServedSpace;
 use crate::tree::{TaskFamily, Tree};
 use crate::upstream::{Upstream, UpstreamError};
 
@@ -44,7 +47,7 @@ pub fn latency_histogram() -> LatencyHistogram {
 
 /// What the loop is told while it runs.
 #[derive(Debug)]
-pub enum Command {
+pub enum Command<U> {
     /// A restored task handed its userfaultfd over.
     Serve {
         /// Position of its family.
@@ -52,8 +55,14 @@ pub enum Command {
         /// Its userfaultfd.
         uffd: OwnedFd,
     },
+    /// A space that another daemon served before.
+    Adopt(ServedSpace),
     /// All tasks run: the background may begin.
     Running,
+    /// Let go of the page source, and say so.
+    Detach,
+    /// Here is another one: whatever was asked is asked again.
+    Attach(U),
     /// End.
     Stop,
 }
@@ -65,14 +74,10 @@ pub enum Notice {
     Settled,
     /// The page source is lost; faults wait.
     UpstreamLost(String),
+    /// It was let go of, as commanded: nothing that was said before is about the next one.
+    Detached,
     /// The kernel refused what must not fail.
     Broken(String),
-}
-
-struct Served {
-    family: usize,
-    space: SpaceId,
-    uffd: Arc<Uffd>,
 }
 
 /// Where in the polled set the commands are.
@@ -89,7 +94,7 @@ struct Deferred {
 pub struct FaultLoop<U> {
     tree: Arc<Tree>,
     upstream: Option<U>,
-    served: Vec<Served>,
+    served: Vec<ServedSpace>,
     in_flight: InFlight,
     /// By family.
     streams: Vec<Streams>,
@@ -98,7 +103,7 @@ pub struct FaultLoop<U> {
     unresolved: Vec<(usize, TaskAddr)>,
     polled: PollSet,
     events: EventBuffer,
-    commands: Mailbox<Command>,
+    commands: Mailbox<Command<U>>,
     notices: Post<Notice>,
     keeper: Option<KeeperHandle>,
     latency: LatencyHistogram,
@@ -112,12 +117,12 @@ pub struct FaultLoop<U> {
 }
 
 impl<U: Upstream> FaultLoop<U> {
-    /// A loop that obeys `commands`.
+    /// A loop that obeys `commands`; without a page source it waits for one.
     #[must_use]
     pub fn new(
         tree: Arc<Tree>,
-        upstream: U,
-        commands: Mailbox<Command>,
+        upstream: Option<U>,
+        commands: Mailbox<Command<U>>,
         notices: Post<Notice>,
         keeper: Option<KeeperHandle>,
         latency: LatencyHistogram,
@@ -125,7 +130,7 @@ impl<U: Upstream> FaultLoop<U> {
         Self {
             streams: vec![Streams::default(); tree.len()],
             tree,
-            upstream: Some(upstream),
+            upstream,
             served: Vec::new(),
             in_flight: InFlight::default(),
             deferred: Vec::new(),
@@ -229,9 +234,16 @@ impl<U: Upstream> FaultLoop<U> {
                 Command::Serve { family, uffd } => {
                     let uffd = Arc::new(Uffd::from(uffd));
                     let space = self.tree.lock(family).restored(uffd.clone());
-                    self.served.push(Served { family, space, uffd });
+                    self.served.push(ServedSpace { family, space, uffd });
                 }
+                Command::Adopt(space) => self.served.push(space),
                 Command::Running => (self.running, self.maybe_settled) = (true, true),
+                Command::Detach => {
+                    self.upstream = None;
+                    self.publish_demand();
+                    self.notify(Notice::Detached);
+                }
+                Command::Attach(upstream) => self.attach(upstream),
                 Command::Stop => return true,
             }
         }
@@ -239,7 +251,7 @@ impl<U: Upstream> FaultLoop<U> {
     }
 
     fn read_events(&mut self, position: usize) -> io::Result<()> {
-        let Some(Served { family, space, uffd }) = self.served.get(position) else { return Ok(()) };
+        let Some(ServedSpace { family, space, uffd }) = self.served.get(position) else { return Ok(()) };
         let (family, space, uffd) = (*family, *space, uffd.clone());
         let tree = self.tree.clone();
         // The wait for the family is part of a fault's latency.
@@ -255,6 +267,9 @@ impl<U: Upstream> FaultLoop<U> {
         let mut kept: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
         let mut local = 0;
         let mut unknown = None;
+        if let Some(journal) = tree.journal() {
+            journal.reads(family);
+        }
         uffd.read(&mut self.events, |event| match event {
             Event::Fault { address } => {
                 let at = TaskAddr::containing(address);
@@ -283,23 +298,29 @@ impl<U: Upstream> FaultLoop<U> {
             Event::Remap { from, to, len } => {
                 let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
                 guard.remapped(space, from, to, bytes_to_pages(len));
+                tree.record(family, space, What::Remapped { from, to, pages: bytes_to_pages(len) });
                 wake(&uffd, from, len);
             }
             Event::Remove { start, end } => {
-                let start = TaskAddr::containing(start);
-                guard.removed(space, start, TaskAddr::containing(end));
-                wake(&uffd, start, end - start.get());
+                let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
+                guard.removed(space, start, end);
+                tree.record(family, space, What::Removed { start, end });
+                wake(&uffd, start, end.get() - start.get());
             }
             Event::Unmap { start, end } => {
-                let start = TaskAddr::containing(start);
-                guard.unmapped(space, start, TaskAddr::containing(end));
-                wake(&uffd, start, end - start.get());
+                let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
+                guard.unmapped(space, start, end);
+                tree.record(family, space, What::Unmapped { start, end });
+                wake(&uffd, start, end.get() - start.get());
             }
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
         self.maybe_settled |= guard.remote_pages() == 0;
         for child in children {
             self.adopt(&mut guard, family, space, child);
+        }
+        if let Some(journal) = tree.journal() {
+            journal.has_read();
         }
         for at in &zeroes[..zeroed] {
             // A page of a fork's copy or one that changed hands within this batch is looked at again.
@@ -364,17 +385,38 @@ impl<U: Upstream> FaultLoop<U> {
         result
     }
 
+    /// What the push lets pass: nothing, while nobody can answer.
     fn publish_demand(&self) {
-        self.tree.demand_outstanding.store(self.in_flight.demands(), Ordering::Relaxed);
+        let demands = if self.upstream.is_some() { self.in_flight.demands() } else { 0 };
+        self.tree.demand_outstanding.store(demands, Ordering::Relaxed);
+    }
+
+    /// Asks another page source everything that has not been answered.
+    fn attach(&mut self, mut upstream: U) {
+        let tree = self.tree.clone();
+        let asked = self.in_flight.open().try_for_each(|(id, asked)| {
+            let family = tree.lock(asked.family);
+            let found = family.map().locate(family.map().first + asked.first);
+            let Some(run) = found.and_then(|(addr, _)| PageRun::new(addr, asked.pages)) else {
+                return Ok(());
+            };
+            upstream.ask(id, asked.purpose, family.task(), run)
+        });
+        self.upstream = Some(upstream);
+        self.publish_demand();
+        if let Err(error) = asked {
+            self.lose_upstream(&error);
+        }
     }
 
     fn adopt(&mut self, family: &mut TaskFamily, position: usize, parent: SpaceId, child: OwnedFd) {
-        if let Some(keeper) = &self.keeper {
-            keeper.hold(child.as_fd());
-        }
         let uffd = Arc::new(Uffd::from(child));
         if let Some(space) = family.forked(parent, uffd.clone()) {
-            self.served.push(Served { family: position, space, uffd });
+            if let Some(keeper) = &self.keeper {
+                keeper.hold(Owner::new(position, space.number()), uffd.as_fd());
+            }
+            self.tree.record(position, parent, What::Forked { child: space });
+            self.served.push(ServedSpace { family: position, space, uffd });
         }
     }
 
@@ -612,7 +654,8 @@ impl<U: Upstream> FaultLoop<U> {
             self.checked = Instant::now();
             self.drop_exited();
         }
-        if self.running && !self.told_settled && self.maybe_settled && self.in_flight.is_empty() {
+        let answered = self.in_flight.is_empty() || self.upstream.is_none();
+        if self.running && !self.told_settled && self.maybe_settled && answered {
             self.maybe_settled = false;
             if self.tree.check_settled() {
                 self.told_settled = true;
@@ -638,11 +681,15 @@ impl<U: Upstream> FaultLoop<U> {
         });
     }
 
+    /// What was asked stays open: another source may answer.
     fn lose_upstream(&mut self, error: &UpstreamError) {
-        self.in_flight = InFlight::default();
+        let had_one = self.upstream.take().is_some();
         self.publish_demand();
-        if self.upstream.take().is_some() && !self.told_settled {
-            self.notify(Notice::UpstreamLost(error.to_string()));
+        if had_one && !self.told_settled {
+            self.notify(match error {
+                UpstreamError::Protocol(_) => Notice::Broken(error.to_string()),
+                _ => Notice::UpstreamLost(error.to_string()),
+            });
         }
     }
 }

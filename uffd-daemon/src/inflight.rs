@@ -90,6 +90,13 @@ impl InFlight {
         Some(asked)
     }
 
+    /// Every question that was not answered, with its number.
+    pub fn open(&self) -> impl Iterator<Item = (u64, &Asked)> {
+        (0_u64..).zip(&self.slots).filter_map(|(slot, (uses, asked))| {
+            asked.as_ref().map(|asked| (u64::from(*uses) << 32 | slot, asked))
+        })
+    }
+
     /// Faults among them.
     #[must_use]
     pub const fn demands(&self) -> u32 {
@@ -125,6 +132,7 @@ mod tests {
         let second = flight.insert(Asked { first: 2, ..asked });
         assert!(flight.remove(first).is_none(), "the slot was used again");
         assert!(flight.remove(99).is_none());
+        assert_eq!(flight.open().map(|(id, asked)| (id, asked.first)).collect::<Vec<_>>(), [(second, 2)]);
         assert_eq!(flight.remove(second).unwrap().first, 2);
     }
 }

@@ -33,7 +33,7 @@ use protocol::units::TaskId;
 
 use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
 use crate::handover::{HandoverSocket, ReceiveError};
-use crate::keeper::KeeperHandle;
+use crate::keeper::{KeeperHandle, Owner};
 use crate::latency;
 use crate::tree::Tree;
 use crate::upstream::{Images, PageServer, Upstream};
@@ -304,7 +304,7 @@ struct Daemon {
 
 /// A fault loop that runs in its thread.
 struct Loop<U> {
-    commands: Post<Command>,
+    commands: Post<Command<U>>,
     thread: JoinHandle<Option<U>>,
 }
 
@@ -345,7 +345,8 @@ impl Daemon {
                     }
                 }
             }
-            self.keeper.hold(uffd.as_fd());
+            let owner = self.tree.position(task).map_or(Owner::NOBODY, |family| Owner::new(family, 0));
+            self.keeper.hold(owner, uffd.as_fd());
             if let (Some(running), Some(family)) = (&running, self.tree.position(task)) {
                 running.commands.send(Command::Serve { family, uffd });
             }
@@ -373,7 +374,7 @@ impl Daemon {
         let (commands, orders) = mailbox().map_err(io_error("make a mailbox"))?;
         let fault_loop = FaultLoop::new(
             self.tree.clone(),
-            source,
+            Some(source),
             orders,
             self.notice_post.clone(),
             Some(self.keeper.clone()),
@@ -390,9 +391,11 @@ impl Daemon {
             if let Some(notice) = self.notices.empty().into_iter().next() {
                 return match notice {
                     Notice::Settled => Ok(()),
+                    // Nobody commands it here.
+                    Notice::Detached => continue,
                     Notice::UpstreamLost(reason) | Notice::Broken(reason) => {
                         let missing = self.tree.remote_pages();
-                        let keeper = self.keeper.pid().unwrap_or(0);
+                        let keeper = self.keeper.pid();
                         Err(LazyPagesError::Lost { reason, missing, keeper })
                     }
                 };

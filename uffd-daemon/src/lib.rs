@@ -10,9 +10,11 @@
 //! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked;
 //!   [`background`]: how those are installed that nobody waits for
 //! - [`steering`]: where the threads of both run
-//! - [`keeper`]: what keeps tasks safe from a daemon that dies
+//! - [`keeper`]: what keeps tasks safe from a daemon that dies; [`journal`]: what it has to know of their address spaces
+//! - [`state`], [`takeover`], [`abandon`]: what becomes of a move whose daemon has ended
 #![forbid(unsafe_code)]
 
+pub mod abandon;
 pub mod background;
 pub mod barrier;
 pub mod cache;
@@ -20,6 +22,7 @@ pub mod cli;
 pub mod fault;
 pub mod handover;
 pub mod inflight;
+pub mod journal;
 pub mod keeper;
 pub mod latency;
 pub mod lazy_pages;
@@ -32,6 +35,8 @@ pub mod push;
 pub mod restore;
 pub mod serve;
 pub mod session;
+pub mod state;
 pub mod steering;
+pub mod takeover;
 pub mod tree;
 pub mod upstream;

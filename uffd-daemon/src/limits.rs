@@ -6,6 +6,17 @@ use std::time::Duration;
 pub const SESSIONS_MAX: usize = 64;
 /// Connections that have not said hello yet.
 pub const STRANGERS_MAX: usize = 64;
+/// Connections that wait for a session to take them: those of four attempts.
+pub const ARRIVALS_MAX: usize = 12;
+/// How long it is waited for at most once every page is here: it only has to hear so.
+pub const WHOLE_PATIENCE: Duration = Duration::from_secs(60);
+/// Changes of address spaces that the journal of a move has room for: 64 MiB, if all of it is used. A task that
+/// changes its mappings ten thousand times a second fills it in three minutes.
+pub const JOURNAL_CHANGES: usize = (64 << 20) / 40;
+/// Largest description of a move: 16 bytes for each lazy run of a tree with a few hundred thousand, as text.
+pub const DESCRIPTION_MAX: u64 = 64 << 20;
+/// How long an address space may go on changing while its missing pages are poisoned.
+pub const ABANDON_PATIENCE: Duration = Duration::from_secs(10);
 /// Pages that one install holds its family's lock for: 64 KiB copy in about 15 us, which is the longest a
 /// fault waits for the push in the installer.
 pub const INSTALL_SLICE_PAGES: usize = 16;

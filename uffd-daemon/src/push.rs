@@ -26,9 +26,12 @@ pub enum PushError {
     /// The source closed the lane.
     #[error("the source closed the push lane")]
     Closed,
-    /// The lane broke, or the kernel refused an install.
-    #[error("push: {0}")]
+    /// The lane broke.
+    #[error("the push lane broke: {0}")]
     Io(#[from] io::Error),
+    /// The kernel refused an install.
+    #[error("cannot install pushed pages: {0}")]
+    Install(io::Error),
     /// A malformed frame.
     #[error("the source sent a malformed frame: {0}")]
     Malformed(#[from] CodecError),
@@ -42,6 +45,14 @@ pub enum PushError {
         /// How many.
         pages: u64,
     },
+}
+
+impl PushError {
+    /// Whether the connection failed, and not who speaks over it or the kernel.
+    #[must_use]
+    pub const fn is_link(&self) -> bool {
+        matches!(self, Self::Closed | Self::Io(_))
+    }
 }
 
 /// A push lane.
@@ -114,7 +125,8 @@ impl PushLane {
             let data = &self.slice[..bytes];
             install_slice(&self.tree, position, (at, at + pages), |family| {
                 family.arrived(at, data, Origin::Push)
-            })?;
+            })
+            .map_err(PushError::Install)?;
             at += pages;
         }
         self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
@@ -158,6 +170,8 @@ impl PushLane {
 
     fn send_acks(&mut self) -> Result<(), PushError> {
         if !self.acks.is_empty() {
+            // Once it is said, the source lets go.
+            self.tree.record_acknowledged(&self.acks);
             self.stream.send_all(&encode_ack(&self.acks), false)?;
             self.acks.clear();
         }

@@ -1,4 +1,4 @@
-//! Listens for moves: says hello to strangers, opens sessions, and brings their lanes to them.
+//! Listens for moves: says hello to strangers, opens sessions, and brings their connections to them.
 
 use std::collections::HashMap;
 use std::io;
@@ -6,7 +6,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use host::interrupt::Interrupt;
@@ -17,7 +16,8 @@ use protocol::link::{Accepted, ControlChannel, Endpoint, LinkError, Listener, St
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret};
 
 use crate::limits;
-use crate::session::{Session, SessionConfig, SessionError};
+use crate::session::{Arrivals, Door, Session, SessionConfig, SessionError, door};
+use crate::takeover::{self, Taken};
 
 /// How a daemon serves.
 #[derive(Debug)]
@@ -30,6 +30,8 @@ pub struct ServeConfig {
     pub once: bool,
     /// Where the report of each move goes.
     pub json: Option<PathBuf>,
+    /// Take no new moves, only those whose daemon has ended.
+    pub only_orphans: bool,
 }
 
 /// A daemon that could not serve.
@@ -43,13 +45,12 @@ pub enum ServeError {
     Io(#[from] io::Error),
 }
 
-/// The open sessions: their secret, and where their lanes are wanted.
+/// The open sessions: their secret, and where their connections are wanted.
 type Registry = Arc<Mutex<HashMap<SessionId, Entry>>>;
 
-#[derive(Debug)]
 struct Entry {
     secret: SessionSecret,
-    lanes: Sender<(Role, Stream)>,
+    door: Door,
 }
 
 /// A session that has ended.
@@ -62,12 +63,13 @@ struct Finished {
 ///
 /// # Errors
 /// [`ServeError`].
-pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
+pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
     let interrupt = Interrupt::install()?;
     let listener = Listener::bind(&config.listen)?;
-    // Scripts wait for this line.
-    println!("listening on {}", listener.endpoint()?);
-    let _ = io::Write::flush(&mut io::stdout());
+    let endpoint = listener.endpoint()?.to_string();
+    if let Some(state) = &mut config.session.state {
+        state.listen.clone_from(&endpoint);
+    }
     let registry = Registry::default();
     let strangers = Arc::new(AtomicUsize::new(0));
     let (done, finished) = mailbox()?;
@@ -80,8 +82,18 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
         once: config.once,
         stopped: Arc::new(stopped),
         done,
+        only_orphans: config.only_orphans,
         registry: registry.clone(),
     });
+    // Before anybody can dial: a source that is told that its session is unknown gives up.
+    let adopted = context.adopt_orphans(&endpoint);
+    if context.only_orphans && adopted == 0 {
+        return Ok(0);
+    }
+    // Scripts wait for this line.
+    println!("listening on {endpoint}");
+    let _ = io::Write::flush(&mut io::stdout());
+    let mut worst = 0;
     loop {
         let fds = [interrupt.as_fd(), finished.as_fd(), listener.as_fd()];
         let [interrupted, over, connected] = waiting::readable(fds, None)?;
@@ -97,9 +109,11 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
         if over {
             for Finished { status } in finished.empty() {
                 // A refusal is no move: a daemon that serves one move goes on waiting for it.
+                worst = worst.max(status.unwrap_or(0));
                 let last = context.once && status.is_some();
-                if last || (stop.is_none() && lock(&registry).is_empty()) {
-                    return Ok(status.unwrap_or(0));
+                let no_more = stop.is_none() || context.only_orphans;
+                if last || (no_more && lock(&registry).is_empty()) {
+                    return Ok(if context.only_orphans { worst } else { status.unwrap_or(0) });
                 }
             }
         }
@@ -111,8 +125,8 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
                     std::thread::spawn(move || {
                         let opened = context.greet(stranger);
                         strangers.fetch_sub(1, Ordering::Relaxed);
-                        if let Some(session) = opened {
-                            context.run(session);
+                        if let Some((id, session)) = opened {
+                            context.run(id, || session.run());
                         }
                     });
                 }
@@ -136,6 +150,7 @@ struct Context {
     session: SessionConfig,
     json: Option<PathBuf>,
     once: bool,
+    only_orphans: bool,
     stopped: Arc<UnixStream>,
     done: Post<Finished>,
     registry: Registry,
@@ -152,7 +167,7 @@ impl Context {
                 return None;
             }
         };
-        let verdict = hello.negotiate().and_then(|version| self.admit(&hello).map(|lanes| (version, lanes)));
+        let verdict = hello.negotiate().and_then(|version| self.admit(&hello).map(|door| (version, door)));
         let reply = verdict.as_ref().map(|(version, _)| *version).map_err(|refusal| *refusal);
         if let Err(error) = stream.answer(hello.role, reply) {
             tracing::warn!(peer, "hello could not be answered: {error}");
@@ -160,18 +175,17 @@ impl Context {
             return None;
         }
         match verdict {
-            Ok((_, Admitted::Lane(lanes))) => {
-                // The session may have ended meanwhile.
-                let _ = lanes.send((hello.role, stream));
+            Ok((_, Admitted::Connection(door))) => {
+                door.bring(&hello, stream);
                 None
             }
-            Ok((_, Admitted::Session(lanes))) => {
+            Ok((_, Admitted::Session(arrivals))) => {
                 let Ok(control) = ControlChannel::new(stream) else {
                     self.forget(&hello);
                     return None;
                 };
                 let stopped = self.stopped.clone();
-                Some((hello.session, Session::new(self.session.clone(), &hello, control, lanes, stopped)))
+                Some((hello.session, Session::new(self.session.clone(), &hello, control, arrivals, stopped)))
             }
             Err(refusal) => {
                 tracing::warn!(peer, "refused: {refusal}");
@@ -182,29 +196,68 @@ impl Context {
 
     fn admit(&self, hello: &Hello) -> Result<Admitted, Refusal> {
         let mut registry = lock(&self.registry);
-        match (hello.role, registry.get(&hello.session)) {
-            (Role::Control, None) if registry.len() < limits::SESSIONS_MAX => {
-                let (sender, lanes) = channel();
-                registry.insert(hello.session, Entry { secret: hello.secret, lanes: sender });
-                Ok(Admitted::Session(lanes))
+        match (registry.get(&hello.session), hello.role) {
+            (None, Role::Control) if !hello.resumes() => {
+                if registry.len() >= limits::SESSIONS_MAX || self.only_orphans {
+                    return Err(Refusal::Busy);
+                }
+                let (door, arrivals) = door().map_err(|_| Refusal::Busy)?;
+                registry.insert(hello.session, Entry { secret: hello.secret, door });
+                Ok(Admitted::Session(arrivals))
             }
-            (Role::Control, None) => Err(Refusal::Busy),
-            (Role::Fault | Role::Push, Some(entry)) if entry.secret == hello.secret => {
-                Ok(Admitted::Lane(entry.lanes.clone()))
+            (Some(entry), _) if entry.secret == hello.secret => {
+                entry.door.admits(hello).map(|()| Admitted::Connection(entry.door.clone()))
             }
             _ => Err(Refusal::Session),
         }
     }
 
     fn forget(&self, hello: &Hello) {
-        if hello.role == Role::Control {
+        if hello.role == Role::Control && !hello.resumes() {
             lock(&self.registry).remove(&hello.session);
         }
     }
 
-    fn run(&self, (id, session): (SessionId, Session)) {
+    /// Takes over every move whose daemon listened at `endpoint` and has ended: how many.
+    fn adopt_orphans(self: &Arc<Self>, endpoint: &str) -> usize {
+        let Some(state) = &self.session.state else { return 0 };
+        let found = takeover::find(&state.dir).unwrap_or_else(|error| {
+            tracing::error!("cannot look for moves to take over: {error}");
+            Vec::new()
+        });
+        let mut adopted = 0;
+        for orphan in found.into_iter().filter(|found| found.description.listen == endpoint) {
+            if orphan.info.attended {
+                continue;
+            }
+            let (id, _) = orphan.description.session();
+            match orphan.take().map_err(|error| error.to_string()).and_then(|taken| self.adopt(taken)) {
+                Ok(()) => adopted += 1,
+                Err(error) => tracing::error!(session = %id, "cannot take over: {error}"),
+            }
+        }
+        adopted
+    }
+
+    fn adopt(self: &Arc<Self>, taken: Taken) -> Result<(), String> {
+        let (id, secret) = taken.description.session();
+        let (door, arrivals) = door().map_err(|error| error.to_string())?;
+        // What stands for the connections that are lost.
+        let (lost, _) = UnixStream::pair().map_err(|error| error.to_string())?;
+        let control = ControlChannel::new(Stream::Unix(lost)).map_err(|error| error.to_string())?;
+        lock(&self.registry).insert(id, Entry { secret, door });
+        let hello = Hello::new(Role::Control, 0, id, secret);
+        let session = Session::new(self.session.clone(), &hello, control, arrivals, self.stopped.clone());
+        let missing = taken.tree.remote_pages();
+        tracing::warn!(session = %id, missing, "taken over from a daemon that has ended");
+        let context = self.clone();
+        std::thread::spawn(move || context.run(id, || session.run_taken_over(taken)));
+        Ok(())
+    }
+
+    fn run(&self, id: SessionId, session: impl FnOnce() -> (Report, Result<(), SessionError>)) {
         let session = std::panic::AssertUnwindSafe(session);
-        let ended = std::panic::catch_unwind(|| { session }.0.run());
+        let ended = std::panic::catch_unwind(|| { session }.0());
         lock(&self.registry).remove(&id);
         let Ok((report, result)) = ended else {
             // The panic has been printed; the daemon must not wait for this session for ever.
@@ -230,6 +283,8 @@ impl Context {
 }
 
 enum Admitted {
-    Session(std::sync::mpsc::Receiver<(Role, Stream)>),
-    Lane(Sender<(Role, Stream)>),
+    /// It opens a session.
+    Session(Arrivals),
+    /// It belongs to one.
+    Connection(Door),
 }

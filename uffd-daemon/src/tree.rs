@@ -6,14 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use kernel::uffd::Uffd;
+use protocol::bitmap::Bitmap;
 use protocol::lazy_map::LazyMap;
 use protocol::units::TaskId;
 use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
 use crate::cache::Kept;
+use crate::journal::{Change, Journal, What};
 use crate::limits;
-use crate::pages::Family;
+use crate::pages::{Family, SpaceId};
 use crate::steering::Steered;
 
 /// A family whose installers are real userfaultfds.
@@ -22,6 +24,7 @@ pub type TaskFamily = Family<Arc<Uffd>>;
 /// What the threads of one move share.
 #[derive(Debug)]
 pub struct Tree {
+    map: LazyMap,
     families: Vec<Mutex<TaskFamily>>,
     by_task: HashMap<TaskId, usize>,
     total: u64,
@@ -40,6 +43,7 @@ pub struct Tree {
     /// Who waits for a family and is not the push.
     urgent: AtomicU32,
     settled_at: OnceLock<Instant>,
+    journal: OnceLock<Journal>,
 }
 
 impl Tree {
@@ -49,6 +53,7 @@ impl Tree {
         let families = map.tasks().iter().map(|task| Mutex::new(Family::new(task.clone()))).collect();
         let by_task = map.tasks().iter().enumerate().map(|(i, task)| (task.id, i)).collect();
         Arc::new(Self {
+            map: map.clone(),
             families,
             by_task,
             total: map.pages(),
@@ -60,7 +65,37 @@ impl Tree {
             installing_thread: Steered::default(),
             urgent: AtomicU32::new(0),
             settled_at: OnceLock::new(),
+            journal: OnceLock::new(),
         })
+    }
+
+    /// From here on what happens is recorded, for whoever takes over. The first journal counts.
+    pub fn keep_journal(&self, journal: Journal) {
+        let _ = self.journal.set(journal);
+    }
+
+    /// The journal, if one is kept.
+    #[must_use]
+    pub fn journal(&self) -> Option<&Journal> {
+        self.journal.get()
+    }
+
+    /// Records a change of an address space.
+    pub fn record(&self, family: usize, space: SpaceId, what: What) {
+        if let Some(journal) = self.journal() {
+            journal.record(Change { family, space, what });
+        }
+    }
+
+    /// Records what is about to be acknowledged.
+    pub fn record_acknowledged(&self, runs: &[TaskRun]) {
+        let Some(journal) = self.journal() else { return };
+        for TaskRun { task, run } in runs {
+            let family = self.position(*task).and_then(|position| self.map.tasks().get(position));
+            if let Some(first) = family.and_then(|family| family.index_of(run.start)) {
+                journal.acknowledges(first, run.pages);
+            }
+        }
     }
 
     /// Lazy pages of the whole tree.
@@ -180,6 +215,23 @@ impl Tree {
                 first = end;
             }
         }
+    }
+
+    /// What is settled now, by index in the whole tree; it counts as reported from here on.
+    #[must_use]
+    pub fn report_settled(&self) -> Bitmap {
+        let mut map = Bitmap::clear(self.total);
+        for position in 0..self.families.len() {
+            self.lock(position).report_settled(&mut map);
+        }
+        if let Some(journal) = self.journal() {
+            let mut at = 0;
+            while let Some((first, behind)) = map.run_in(at, self.total) {
+                journal.acknowledges(first, behind - first);
+                at = behind;
+            }
+        }
+        map
     }
 
     /// Whether every page was reported as settled.

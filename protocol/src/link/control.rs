@@ -127,6 +127,8 @@ impl Control {
             Self::Abort(_) => "abort",
             Self::RolledBack => "rolled back",
             Self::Clean(_) => "clean pages",
+            Self::SettledMap(_) => "a map of what is settled",
+            Self::Resumed => "resumed",
         }
     }
 

@@ -51,9 +51,18 @@ impl Stream {
     /// # Errors
     /// [`LinkError`]: nobody there, no peer of ours, or refused.
     pub fn dial(endpoint: &Endpoint, hello: &Hello) -> Result<Self, LinkError> {
+        Self::dial_within(endpoint, hello, limits::HELLO_TIMEOUT)
+    }
+
+    /// As [`Stream::dial`], with at most `limit` for the connection to be made, for the handshake, and for each part
+    /// of the hello: who dials again and again need not wait for a packet that was lost.
+    ///
+    /// # Errors
+    /// As [`Stream::dial`].
+    pub fn dial_within(endpoint: &Endpoint, hello: &Hello, limit: Duration) -> Result<Self, LinkError> {
         let fail = |source| LinkError::Io { doing: "connect to", endpoint: endpoint.to_string(), source };
-        let deadline = Instant::now() + limits::HELLO_TIMEOUT;
-        let connect = |addr| TcpStream::connect_timeout(addr, limits::HELLO_TIMEOUT);
+        let deadline = Instant::now() + limit;
+        let connect = |addr| TcpStream::connect_timeout(addr, limit);
         let stream = match endpoint {
             Endpoint::Tcp(addr) => Self::Tcp(connect(addr).map_err(fail)?),
             Endpoint::Unix(path) => Self::Unix(UnixStream::connect(path).map_err(fail)?),
@@ -68,7 +77,7 @@ impl Stream {
             }
         };
         stream.tune(hello.role).map_err(fail)?;
-        stream.set_timeout(Some(limits::HELLO_TIMEOUT)).map_err(fail)?;
+        stream.set_timeout(Some(limit)).map_err(fail)?;
         stream.send_all(&hello.encode(), false).map_err(fail)?;
         let mut reply = [0; HELLO_REPLY_LEN];
         stream.receive_all(&mut reply).map_err(|error| match endpoint {

@@ -6,6 +6,7 @@
 use super::codec::{CodecError, Decoder, Encoder};
 use super::frame::Kind;
 use super::limits;
+use super::settled_map::MapPiece;
 use crate::units::TaskId;
 
 /// A message on the control connection.
@@ -35,6 +36,10 @@ pub enum Control {
     Abort(String),
     /// Destination: it is clean again.
     RolledBack,
+    /// Destination, on new connections: a piece of the map of what is settled.
+    SettledMap(MapPiece),
+    /// Destination: that was the map; what it had said before is said again.
+    Resumed,
 }
 
 /// What the source wants to move, for the destination's preflight.
@@ -222,6 +227,11 @@ impl Control {
                 Kind::Abort
             }
             Self::RolledBack => Kind::RolledBack,
+            Self::SettledMap(piece) => {
+                piece.encode(&mut body);
+                Kind::SettledMap
+            }
+            Self::Resumed => Kind::Resumed,
         };
         (kind, body.finish())
     }
@@ -252,6 +262,8 @@ impl Control {
             Kind::Released => Self::Released,
             Kind::Abort => Self::Abort(fields.string("reason")?),
             Kind::RolledBack => Self::RolledBack,
+            Kind::SettledMap => Self::SettledMap(MapPiece::decode(&mut fields)?),
+            Kind::Resumed => Self::Resumed,
             other => return Err(CodecError::Meaning { field: "control kind", value: other as u64 }),
         };
         fields.end()?;
@@ -422,6 +434,8 @@ mod tests {
             Control::Released,
             Control::Abort("hook failed".into()),
             Control::RolledBack,
+            Control::SettledMap(MapPiece { first: 64, pages: 12, bits: vec![0xff, 0x0f] }),
+            Control::Resumed,
         ]
     }
 

@@ -49,8 +49,12 @@ pub enum Kind {
     Abort = 10,
     /// The destination is clean.
     RolledBack = 11,
+    /// A piece of the map of what is settled at the destination, after a lost link.
+    SettledMap = 12,
+    /// The map is complete: the session goes on.
+    Resumed = 13,
     /// Which lazy pages the destination has already, as they were when the tasks were frozen.
-    Clean = 12,
+    Clean = 14,
     /// The destination asks for pages.
     Demand = 16,
     /// Pages, demanded or pushed.
@@ -87,7 +91,9 @@ impl Kind {
             9 => Self::Released,
             10 => Self::Abort,
             11 => Self::RolledBack,
-            12 => Self::Clean,
+            12 => Self::SettledMap,
+            13 => Self::Resumed,
+            14 => Self::Clean,
             16 => Self::Demand,
             17 => Self::Pages,
             18 => Self::Settled,

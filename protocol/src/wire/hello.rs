@@ -6,14 +6,18 @@
 //!  6  u16  highest version spoken                     6  u16  0 accepted, else a refusal code
 //!  8  u8   role: 1 control, 2 fault, 3 push           8  u64  0
 //!  9  u8   lane number within the role
-//! 10  u16  0
+//! 10  u16  0: opens a session; else resumes it, for the n-th time
 //! 12  u32  page size in bytes
 //! 16  16   session id
 //! 32  16   session secret
 //! ```
 //!
 //! The control connection opens the session with an id and a secret that its dialler made; lanes of the
-//! same session repeat both. So nobody who has not seen the control connection's bytes can join a session.
+//! same session repeat both. So nobody who has not seen the control connection's bytes can join a session. When a
+//! connection is lost behind the switchover, the dialler makes all of them anew, with a higher attempt: connections
+//! of different attempts are never mixed.
+
+use subtle::ConstantTimeEq;
 
 use super::codec::{CodecError, Decoder, Encoder};
 use super::limits;
@@ -65,9 +69,17 @@ impl std::fmt::Display for SessionId {
     }
 }
 
-/// Proves that a lane belongs to its session; never shown.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Proves that a lane belongs to its session; never shown. Comparing two takes as long whatever they hold.
+#[derive(Clone, Copy)]
 pub struct SessionSecret(pub [u8; 16]);
+
+impl PartialEq for SessionSecret {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl Eq for SessionSecret {}
 
 impl std::fmt::Debug for SessionSecret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -82,6 +94,8 @@ pub struct Hello {
     pub role: Role,
     /// Lane number within the role.
     pub lane: u8,
+    /// 0 for the connections that a session begins with; all that replace them have another number.
+    pub attempt: u16,
     /// The session it opens (control) or joins.
     pub session: SessionId,
     /// The session's secret.
@@ -107,6 +121,9 @@ pub enum Refusal {
     /// The peer has as many sessions as it takes.
     #[error("peer is busy with another move; try again when it is done")]
     Busy,
+    /// The session cannot be resumed yet: the peer has not heard of the commit.
+    #[error("peer cannot resume the session at this point")]
+    NotYet,
     /// The peer has another kind of link.
     #[error("peer uses another kind of link; give both sides the same --link")]
     Link,
@@ -123,6 +140,7 @@ impl Refusal {
             Self::Session => 3,
             Self::Busy => 4,
             Self::Link => 5,
+            Self::NotYet => 6,
             Self::Other(code) => code,
         }
     }
@@ -134,6 +152,7 @@ impl Refusal {
             3 => Self::Session,
             4 => Self::Busy,
             5 => Self::Link,
+            6 => Self::NotYet,
             other => Self::Other(other),
         }
     }
@@ -162,7 +181,14 @@ impl Hello {
     pub const fn new(role: Role, lane: u8, session: SessionId, secret: SessionSecret) -> Self {
         #[allow(clippy::cast_possible_truncation)]
         let page_size = PAGE_SIZE as u32;
-        Self { role, lane, session, secret, versions: (limits::VERSION_MIN, limits::VERSION_MAX), page_size }
+        let versions = (limits::VERSION_MIN, limits::VERSION_MAX);
+        Self { role, lane, attempt: 0, session, secret, versions, page_size }
+    }
+
+    /// Whether it replaces a connection that was lost.
+    #[must_use]
+    pub const fn resumes(&self) -> bool {
+        self.attempt != 0
     }
 
     /// The bytes to send.
@@ -174,7 +200,7 @@ impl Hello {
             .u16(self.versions.1)
             .u8(self.role.number())
             .u8(self.lane)
-            .u16(0)
+            .u16(self.attempt)
             .u32(self.page_size)
             .bytes(&self.session.0)
             .bytes(&self.secret.0);
@@ -198,11 +224,11 @@ impl Hello {
         let role = Role::from_number(number)
             .ok_or(CodecError::Meaning { field: "role", value: u64::from(number) })?;
         let lane = fields.u8("lane")?;
-        fields.u16("reserved")?;
+        let attempt = fields.u16("attempt")?;
         let page_size = fields.u32("page size")?;
         let session = SessionId(fields.array("session")?);
         let secret = SessionSecret(fields.array("secret")?);
-        Ok(Self { role, lane, session, secret, versions, page_size })
+        Ok(Self { role, lane, attempt, session, secret, versions, page_size })
     }
 
     /// The version both speak.
@@ -275,8 +301,11 @@ mod tests {
     #[test]
     fn round_trip() {
         assert_eq!(Hello::decode(&hello().encode()).unwrap(), hello());
+        let again = Hello { attempt: 7, ..hello() };
+        assert_eq!(Hello::decode(&again.encode()).unwrap(), again);
+        assert!(again.resumes() && !hello().resumes());
         assert_eq!(hello().negotiate(), Ok(limits::VERSION_MAX));
-        assert_eq!(decode_reply(&encode_reply(Ok(1))).unwrap(), 1);
+        assert_eq!(decode_reply(&encode_reply(Ok(limits::VERSION_MAX))).unwrap(), limits::VERSION_MAX);
     }
 
     #[test]
@@ -304,7 +333,9 @@ mod tests {
 
     #[test]
     fn a_refusal_reaches_the_dialler() {
-        for refusal in [Refusal::Version, Refusal::PageSize, Refusal::Session, Refusal::Busy, Refusal::Link] {
+        for code in 1..=6 {
+            let refusal = Refusal::from_code(code);
+            assert!(!matches!(refusal, Refusal::Other(_)) && refusal.code() == code);
             let reply = decode_reply(&encode_reply(Err(refusal)));
             assert_eq!(reply, Err(HelloError::Refused(refusal)));
         }

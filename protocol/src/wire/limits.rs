@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 /// Protocol versions this build speaks.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 /// See [`VERSION_MIN`].
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
 
 /// Largest body of a control frame: a chunk of an image file and its name fit.
 pub const CONTROL_BODY_MAX: usize = 1 << 20;
@@ -21,6 +21,9 @@ pub const IMAGE_NAME_MAX: usize = 255;
 pub const IMAGE_SIZE_MAX: u64 = 64 << 30;
 /// Most image files in one move; a task has about ten, and one more per thread.
 pub const IMAGE_COUNT_MAX: u32 = 1 << 20;
+
+/// Most pages in one piece of a map of settled pages: a bit each, 512 KiB. A multiple of 64.
+pub const PAGES_PER_MAP_PIECE: u64 = 8 * (512 << 10);
 
 /// Most pages in one page-data frame (1 MiB): bounds the receiver's buffer.
 pub const PAGES_PER_FRAME_MAX: u32 = 256;

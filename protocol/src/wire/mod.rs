@@ -20,6 +20,9 @@
 //!            Released ──────────────────────────▶
 //! ```
 //!
+//! A connection that is lost behind `Commit` ends nothing: the source dials again, with the same session and a new
+//! attempt, and the destination sends a map of what is settled (`SettledMap …`, `Resumed`) before both go on.
+//!
 //! Before `Commit` either side may send `Abort`; the destination answers `RolledBack` once it is clean.
 //! What follows from what is in `switchover`. Every byte is described in `docs/protocol.md`.
 
@@ -29,4 +32,5 @@ pub mod frame;
 pub mod hello;
 pub mod limits;
 pub mod precopy;
+pub mod settled_map;
 pub mod switchover;

@@ -72,7 +72,7 @@ fn each_decision_matters() {
         (
             "the source resumes when the connection is lost behind Commit",
             mutant_of_source(|state, event| match (state, event) {
-                (State::Committed { .. }, Event::Broken) => LET_RUN,
+                (State::Committed { .. }, Event::Lost | Event::Broken) => LET_RUN,
                 _ => source::decide(state, event),
             }),
             "runs behind Commit",
@@ -122,10 +122,36 @@ fn each_decision_matters() {
         (
             "the destination runs what it holds when the connection is lost",
             mutant_of_destination(|state, event| match (state, event) {
-                (There::Prepared, Heard::Broken) => (There::Committed, Do::LetRun),
+                (There::Prepared, Heard::Lost | Heard::Broken) => (There::Committed, Do::LetRun),
                 _ => destination::decide(state, event),
             }),
             "two copies",
+        ),
+        (
+            "the source resumes when nobody answers its dialling",
+            mutant_of_source(|state, event| match (state, event) {
+                (State::Paused(_), Event::Broken) => LET_RUN,
+                _ => source::decide(state, event),
+            }),
+            "runs behind Commit",
+        ),
+        (
+            "the source takes new connections for acknowledgements",
+            mutant_of_source(|state, event| match (state, event) {
+                (State::Paused(Some(_)), Event::Resumed) => RELEASE,
+                _ => source::decide(state, event),
+            }),
+            "not acknowledged",
+        ),
+        (
+            "the destination lets go when nobody dials",
+            mutant_of_destination(|state, event| match (state, event) {
+                (There::Paused { .. }, Heard::Broken) => {
+                    (There::Ended(DestinationEnding::Release), Do::End(DestinationEnding::Release))
+                }
+                _ => destination::decide(state, event),
+            }),
+            "misses pages",
         ),
         (
             "the destination tears down behind Commit",
@@ -140,7 +166,7 @@ fn each_decision_matters() {
         (
             "the destination keeps what it holds when the connection is lost",
             mutant_of_destination(|state, event| match (state, event) {
-                (There::Prepared, Heard::Broken) => {
+                (There::Prepared, Heard::Lost | Heard::Broken) => {
                     (There::Ended(DestinationEnding::Pause), Do::End(DestinationEnding::Pause))
                 }
                 _ => destination::decide(state, event),
@@ -150,7 +176,7 @@ fn each_decision_matters() {
         (
             "the destination lets go when it loses the source",
             mutant_of_destination(|state, event| match (state, event) {
-                (There::Running, Heard::Broken) => {
+                (There::Running, Heard::Lost) => {
                     (There::Ended(DestinationEnding::Release), Do::End(DestinationEnding::Release))
                 }
                 _ => destination::decide(state, event),

@@ -27,7 +27,8 @@ const MOVE: [(&str, &str); 15] = [
 /// Who runs after a cut, and after each program is killed, at every point.
 pub(crate) fn table() -> String {
     let mut table = String::from(
-        "| when | everything is cut | `source-server` is killed | `uffd-daemon` is killed |\n|---|---|---|---|\n",
+        "| when | everything is cut, and can be dialled again | everything is cut for good | `source-server` is killed | \
+         `uffd-daemon` is killed |\n|---|---|---|---|---|\n",
     );
     let mut world = World::new(Store::Pipes);
     row(&mut table, "lanes are open, nothing is frozen", &world);
@@ -43,12 +44,13 @@ pub(crate) fn table() -> String {
 }
 
 fn row(table: &mut String, point: &str, world: &World) {
-    let cells = [World::cut_everything, World::kill_source, World::kill_destination].map(|fault| {
-        let mut world = world.clone();
-        fault(&mut world);
-        let explored = explore(world, RULES, false);
-        assert!(explored.violation.is_none(), "{:#?}", explored.violation);
-        explored.outcomes.into_keys().collect::<Vec<_>>().join("; or ")
-    });
+    let cells = [World::cut_everything, World::cut_for_good, World::kill_source, World::kill_destination]
+        .map(|fault| {
+            let mut world = world.clone();
+            fault(&mut world);
+            let explored = explore(world, RULES, false);
+            assert!(explored.violation.is_none(), "{:#?}", explored.violation);
+            explored.outcomes.into_keys().collect::<Vec<_>>().join("; or ")
+        });
     let _ = writeln!(table, "| {point} | {} |", cells.join(" | "));
 }

@@ -81,6 +81,8 @@ pub(crate) struct World {
     /// The control connection.
     pub(crate) cut: bool,
     pub(crate) lanes_cut: bool,
+    /// No new connection can be made.
+    pub(crate) down: bool,
     /// `Commit` was handed to the connection.
     pub(crate) promised: bool,
     /// The destination has said `RolledBack`.
@@ -108,6 +110,7 @@ impl World {
             to_destination: Vec::new(),
             cut: false,
             lanes_cut: false,
+            down: false,
             promised: false,
             clean: false,
             freed: false,
@@ -133,6 +136,11 @@ impl World {
     pub(crate) fn kill_destination(&mut self) {
         // The keeper goes on holding the userfaultfds of a tree that runs.
         self.destination = None;
+    }
+
+    pub(crate) fn cut_for_good(&mut self) {
+        self.down = true;
+        self.cut_everything();
     }
 
     pub(crate) fn cut_everything(&mut self) {
@@ -174,6 +182,10 @@ impl World {
         self.source = Some(next);
         match action {
             Action::Wait | Action::AwaitReason | Action::AwaitRolledBack | Action::Push => {}
+            Action::Resume => {
+                (self.cut, self.lanes_cut) = (true, true);
+                self.to_source.clear();
+            }
             Action::CheckFence => {
                 let stands = self.source_tasks != Tasks::Running;
                 self.source_event(rules, Event::Fence { stands });
@@ -221,7 +233,18 @@ impl World {
             }
             Action::SendRunning => self.send_to_source(Message::Running),
             Action::SendComplete => self.send_to_source(Message::Complete),
-            Action::AwaitReleased | Action::End(Ending::Pause | Ending::Release) => {}
+            Action::AwaitReleased | Action::Wait | Action::End(Ending::Pause | Ending::Release) => {}
+            Action::AwaitResume => {
+                (self.cut, self.lanes_cut) = (true, true);
+                self.to_destination.clear();
+            }
+            Action::Resume => {
+                self.send_to_source(Message::Running);
+                // The map says what is here.
+                if self.here && self.acks == Acks::None {
+                    self.acks = Acks::OnTheirWay;
+                }
+            }
             Action::End(Ending::TellAndPause) => self.send_to_source(Message::Abort),
             Action::End(Ending::TearDown) => {
                 self.destination_tasks = Tasks::Gone;

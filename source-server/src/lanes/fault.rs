@@ -20,6 +20,13 @@ const REQUESTS: usize = 64;
 /// # Errors
 /// [`LaneError`]; [`LaneError::Closed`] is how a lane ends.
 pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
+    let ended = serve(lanes, lane);
+    // The push must not wait for a fault of a lane that has ended.
+    lanes.fault_served.store(false, Ordering::Relaxed);
+    ended
+}
+
+fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let broken = LaneError::io("fault");
     if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
         tracing::debug!("no short time slice for the fault lane: {error}");

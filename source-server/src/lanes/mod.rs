@@ -155,6 +155,15 @@ pub enum LaneError {
 }
 
 impl LaneError {
+    /// Whether the connection failed, and not who speaks over it or what is kept here.
+    #[must_use]
+    pub const fn is_link(&self) -> bool {
+        match self {
+            Self::Closed(_) | Self::Io { .. } | Self::Store(StoreError::Link(_)) => true,
+            Self::Malformed(_) | Self::NotLazy(_) | Self::Store(_) => false,
+        }
+    }
+
     pub(crate) fn io(lane: &'static str) -> impl Fn(std::io::Error) -> Self {
         move |source| match source.kind() {
             std::io::ErrorKind::UnexpectedEof => Self::Closed(lane),

@@ -8,39 +8,53 @@ use std::time::Instant;
 use host::hooks::HookPhase;
 use host::progress::mib;
 use host::report::Recorder;
+use host::waiting;
 use protocol::wire::control::{Control, Summary};
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
-use super::frozen::{Frozen, Notice, Running};
+use super::frozen::{Answer, Commit, Frozen, Notice, error_event, lost};
 use super::session::{Next, Session};
 use super::{MoveError, Mover};
 use crate::lanes::{acknowledgements, push};
 use crate::limits;
 
-/// A move whose tasks run at the destination.
+/// A move whose tasks run at the destination, or are about to.
 pub(super) struct Committed<'a> {
     frozen: Frozen<'a>,
     session: Session,
-    running: Running,
     switchover: Switchover,
+    /// What came of the commit, until it was looked at.
+    answer: Option<Answer>,
+    /// Whether the destination has said that it runs.
+    runs: bool,
+    /// The pages are in the store, but the destination has not said yet that it runs.
+    drained: bool,
+    /// The threads of the lanes.
     threads: Vec<JoinHandle<()>>,
+    complete: Option<Summary>,
+    /// By when something must have come, and what it means if it has not.
+    due: Option<(Instant, &'static str)>,
 }
 
 impl<'a> Committed<'a> {
-    pub(super) fn new(
-        frozen: Frozen<'a>,
-        session: Session,
-        running: Running,
-        switchover: Switchover,
-    ) -> Self {
-        Self { frozen, session, running, switchover, threads: Vec::new() }
+    pub(super) fn new(frozen: Frozen<'a>, session: Session, commit: Commit, switchover: Switchover) -> Self {
+        let Commit { answer, drained, fault_lane } = commit;
+        let threads = vec![fault_lane];
+        Self {
+            frozen,
+            session,
+            switchover,
+            answer: Some(answer),
+            runs: false,
+            drained,
+            threads,
+            complete: None,
+            due: None,
+        }
     }
 
     /// Pushes, waits for every acknowledgement, releases.
     pub(super) fn finish(mut self, mover: &mut Mover) -> Result<(), MoveError> {
-        let blackout = self.running.at.saturating_duration_since(self.frozen.frozen_at);
-        mover.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
-        mover.recorder.phase_at("push", self.running.at);
         let summary = match self.push(mover) {
             Ok(summary) => summary,
             Err(reason) => {
@@ -54,23 +68,17 @@ impl<'a> Committed<'a> {
 
     /// Has pages pushed and acknowledged until everything can be released; an error holds what is left.
     fn push(&mut self, mover: &mut Mover) -> Result<Summary, String> {
-        self.start_push(mover)?;
-        let mut complete = None;
-        let mut last_ack_due = None;
-        let mut released = false;
-        if self.running.drained {
-            released = self.step(Event::Drained, "")?;
-        }
-        if self.frozen.map.pages() == 0 {
-            released = self.step(Event::Acknowledged, "")?;
-        }
+        let mut released = match self.answer.take() {
+            Some(Answer::Runs(at)) => self.begin(mover, at)?,
+            Some(Answer::Lost(why)) => self.resume(mover, &why)?,
+            None => false,
+        };
         loop {
-            if let (Some(summary), true) = (complete, released) {
+            if let (Some(summary), true) = (self.complete, released) {
                 return Ok(summary);
             }
-            if last_ack_due.is_some_and(|due: Instant| Instant::now() > due) {
-                let late = "the destination says that it is complete but has not acknowledged every page";
-                self.step(Event::Broken, late)?;
+            if let Some((_, late)) = self.due.filter(|(due, _)| Instant::now() > *due) {
+                self.step(mover, Event::Broken, late)?;
             }
             let others = [self.frozen.notices.as_fd(), mover.interrupt.as_fd()];
             match self.session.next(others, mover.progress.interval()) {
@@ -78,19 +86,20 @@ impl<'a> Committed<'a> {
                     let event = Event::from(&message);
                     let what = match message {
                         Control::Complete(summary) => {
-                            complete = Some(summary);
-                            last_ack_due = Some(Instant::now() + limits::LAST_ACK_TIMEOUT);
-                            "the destination says twice that it is complete".into()
+                            let late = "the destination says that it is complete but has not acknowledged every page";
+                            self.complete = Some(summary);
+                            self.due = Some((Instant::now() + limits::LAST_ACK_TIMEOUT, late));
+                            String::new()
                         }
                         Control::Abort(reason) => format!("destination: {reason}"),
                         other => other.out_of_order("complete").to_string(),
                     };
-                    released = self.step(event, &what)?;
+                    released = self.step(mover, event, &what)?;
                 }
-                Ok(Next::Other(0)) => released = self.take_notices()?,
+                Ok(Next::Other(0)) => released = self.take_notices(mover)?,
                 Ok(Next::Other(_)) => {
                     if mover.interrupt.take() {
-                        self.step(Event::Interrupted, "interrupted")?;
+                        self.step(mover, Event::Interrupted, "interrupted")?;
                         tracing::warn!(
                             "past the switchover: the process runs at the destination and needs the pages here"
                         );
@@ -98,7 +107,7 @@ impl<'a> Committed<'a> {
                 }
                 Ok(Next::TimedOut) => {}
                 Err(error) => {
-                    self.step(Event::Broken, &format!("lost the destination: {error}"))?;
+                    released = self.step(mover, error_event(&error), &lost(&error))?;
                 }
             }
             let (lanes, total) = (&self.frozen.lanes, self.frozen.map.pages());
@@ -109,35 +118,54 @@ impl<'a> Committed<'a> {
         }
     }
 
-    fn take_notices(&mut self) -> Result<bool, String> {
+    fn take_notices(&mut self, mover: &mut Mover) -> Result<bool, String> {
         let mut released = false;
         for notice in self.frozen.notices.empty() {
             let (event, what) = match notice {
                 Notice::Lane(Ok(())) => continue,
+                Notice::Drained(Ok(())) if !self.runs => {
+                    self.drained = true;
+                    continue;
+                }
                 Notice::Drained(Ok(())) => (Event::Drained, String::new()),
                 Notice::AllAcknowledged => (Event::Acknowledged, String::new()),
                 Notice::Drained(Err(error)) => (Event::Broken, error.to_string()),
-                Notice::Lane(Err(error)) => (Event::Failing, error.to_string()),
+                Notice::Lane(Err(error)) if error.is_link() => (Event::Failing, error.to_string()),
+                Notice::Lane(Err(error)) => (Event::Broken, error.to_string()),
             };
-            released = self.step(event, &what)?;
+            released = self.step(mover, event, &what)?;
         }
         Ok(released)
     }
 
     /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
-    fn step(&mut self, event: Event, what: &str) -> Result<bool, String> {
+    fn step(&mut self, mover: &mut Mover, event: Event, what: &str) -> Result<bool, String> {
         match self.switchover.step(event) {
             Action::LetGo => {
                 self.let_go_of_tasks();
-                self.step(Event::HasLetGo, what)
+                self.step(mover, Event::HasLetGo, what)
             }
+            Action::Push if self.runs => self.start_push(mover),
+            Action::Push => self.begin(mover, Instant::now()),
+            Action::Resume => self.resume(mover, what),
             Action::End(Ending::Release) => Ok(true),
             Action::Wait => Ok(false),
             _ => Err(what.to_owned()),
         }
     }
 
-    fn start_push(&mut self, mover: &Mover) -> Result<(), String> {
+    /// The destination has said that it runs.
+    fn begin(&mut self, mover: &mut Mover, at: Instant) -> Result<bool, String> {
+        let blackout = at.saturating_duration_since(self.frozen.frozen_at);
+        mover.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
+        mover.recorder.phase_at("push", at);
+        (self.runs, self.due) = (true, None);
+        let released = self.start_push(mover)?;
+        // Nothing to drain is drained.
+        if self.drained { self.step(mover, Event::Drained, "") } else { Ok(released) }
+    }
+
+    fn start_push(&mut self, mover: &mut Mover) -> Result<bool, String> {
         let broken = |error: std::io::Error| format!("cannot duplicate a socket: {error}");
         let (out, back) =
             (self.session.push.try_clone().map_err(broken)?, self.session.push.try_clone().map_err(broken)?);
@@ -153,7 +181,74 @@ impl<'a> Committed<'a> {
                 Err(error) => Notice::Lane(Err(error)),
             });
         }));
-        Ok(())
+        Ok(false)
+    }
+
+    /// The connections are lost: makes new ones and goes on where the destination is. Present pages work there
+    /// meanwhile, faults wait; nothing is freed here.
+    fn resume(&mut self, mover: &mut Mover, why: &str) -> Result<bool, String> {
+        let since = Instant::now();
+        self.session.shutdown();
+        self.end_lanes();
+        tracing::warn!("paused: {why}; dialling the destination again");
+        let mut redial = self.session.redial(mover);
+        let settled = loop {
+            if self.look_after(mover, why)? {
+                return Ok(true);
+            }
+            let error = match self.session.resume(mover, redial.patience(), self.frozen.map.pages()) {
+                Ok(settled) => break settled,
+                Err(error) => error,
+            };
+            tracing::debug!("dialled in vain: {}", error.reason());
+            let Some(pause) = redial.next(error.answer(), Instant::now()) else {
+                let reason = format!("{why}; gave up after {:.0?}: {}", since.elapsed(), error.reason());
+                return self.step(mover, Event::Broken, &reason);
+            };
+            mover.progress.show(|| format!("paused for {:.0?}: {why}; dialling again", since.elapsed()));
+            let others = [self.frozen.notices.as_fd(), mover.interrupt.as_fd()];
+            waiting::readable(others, Some(Instant::now() + pause)).map_err(|error| error.to_string())?;
+        };
+        let complete = self.frozen.lanes.ledger().resume(&settled);
+        complete.into_iter().for_each(|chunk| self.frozen.lanes.store.free(chunk));
+        let missing = self.frozen.lanes.ledger().missing();
+        tracing::warn!(missing, "resumed after {:.3?}", since.elapsed());
+        self.threads.push(self.frozen.serve_faults(&self.session)?);
+        self.due = (!self.runs)
+            .then(|| (Instant::now() + limits::RUNNING_TIMEOUT, "the destination does not say that it runs"));
+        self.step(mover, Event::Resumed, "")
+    }
+
+    /// What happens here while the connections are lost: pages come into the store, the operator wants to stop.
+    fn look_after(&mut self, mover: &mut Mover, why: &str) -> Result<bool, String> {
+        let mut released = false;
+        for notice in self.frozen.notices.empty() {
+            match notice {
+                Notice::Drained(Ok(())) if !self.runs => self.drained = true,
+                Notice::Drained(Ok(())) => released = self.step(mover, Event::Drained, "")?,
+                Notice::Drained(Err(error)) => {
+                    released = self.step(mover, Event::Broken, &error.to_string())?
+                }
+                Notice::AllAcknowledged if self.runs => {
+                    released = self.step(mover, Event::Acknowledged, "")?;
+                }
+                // Of the lanes that were lost.
+                Notice::AllAcknowledged | Notice::Lane(_) => {}
+            }
+        }
+        if mover.interrupt.take() {
+            return self.step(mover, Event::Interrupted, &format!("{why}; interrupted while paused"));
+        }
+        Ok(released)
+    }
+
+    /// Waits for the threads of lanes whose connections were shut down.
+    fn end_lanes(&mut self) {
+        self.frozen.lanes.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        self.frozen.lanes.stop.store(false, Ordering::Relaxed);
     }
 
     /// The pages are in the store: CRIU ends and the tasks are killed, so that their addresses, ports and
@@ -168,7 +263,7 @@ impl<'a> Committed<'a> {
     }
 
     fn release(self, mover: &mut Mover) -> Result<(), MoveError> {
-        let Self { mut frozen, session, running, threads, .. } = self;
+        let Self { mut frozen, session, threads, .. } = self;
         frozen.lanes.stop.store(true, Ordering::Relaxed);
         if frozen.pipes.is_none() {
             kill(&mut frozen);
@@ -181,7 +276,7 @@ impl<'a> Committed<'a> {
         // Ends the lanes' threads.
         session.fault.shutdown();
         session.push.shutdown();
-        for thread in threads.into_iter().chain([running.fault_lane]).chain(frozen.drain) {
+        for thread in threads.into_iter().chain(frozen.drain) {
             let _ = thread.join();
         }
         if let Err(error) = mover.hooks.run(HookPhase::Released) {
@@ -193,10 +288,10 @@ impl<'a> Committed<'a> {
     /// The move broke behind the switchover: nothing is resumed and nothing is freed. The tasks that still
     /// stand here stay stopped; pages that are only in pipes are kept by a holder process.
     pub(super) fn hold(mut frozen: Frozen<'_>, session: &Session, reason: &str) -> MoveError {
+        // If it can still be told, it need not wait for new connections.
+        let _ = session.control.send(&Control::Abort(reason.to_owned()));
         // The holder inherits the connections: the destination must see them end all the same.
-        session.control.shutdown();
-        session.fault.shutdown();
-        session.push.shutdown();
+        session.shutdown();
         frozen.end_dump();
         // Whoever continues the tasks finds them as they were; and the holder would inherit the descriptors.
         drop(frozen.copied.take());

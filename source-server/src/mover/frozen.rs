@@ -203,16 +203,17 @@ impl<'a> Frozen<'a> {
         tracing::info!(lazy, clean, written, us, "last scan");
     }
 
-    /// Ships the images, waits for the restore, and commits. Returns when the destination runs.
+    /// Ships the images, waits for the restore, and commits. Returns when the destination runs, or when the
+    /// connections are lost and it may.
     pub(super) fn reach_commit(
         &self,
         mover: &mut Mover,
         session: &Session,
         switchover: &mut Switchover,
-    ) -> Result<Running, Why> {
-        let mut running = self.ship(mover, session).map_err(|reason| Why::broken(switchover, reason))?;
+    ) -> Result<Commit, Why> {
+        let mut commit = self.ship(mover, session).map_err(|reason| Why::broken(switchover, reason))?;
         let prepared = Awaited::new("prepared", limits::RESTORE_TIMEOUT, limits::REASON_PATIENCE);
-        self.wait(mover, session, switchover, &mut running, prepared)?;
+        self.wait(mover, session, switchover, &mut commit, prepared)?;
         let then = switchover.step(Event::Fence { stands: fence::stands(&self.tree) });
         if then != Action::SendCommit {
             return Err(Why { reason: "a task of the source moves although it was stopped".into(), then });
@@ -227,11 +228,11 @@ impl<'a> Frozen<'a> {
             awaited.within = awaited.patience;
             awaited.failure = Some(lost(&error));
         }
-        self.wait(mover, session, switchover, &mut running, awaited)?;
-        Ok(running)
+        self.wait(mover, session, switchover, &mut commit, awaited)?;
+        Ok(commit)
     }
 
-    fn ship(&self, mover: &mut Mover, session: &Session) -> Result<Running, String> {
+    fn ship(&self, mover: &mut Mover, session: &Session) -> Result<Commit, String> {
         mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
         mover.recorder.phase("ship");
         let failed = |error: ControlError| session.lost(&error);
@@ -246,10 +247,11 @@ impl<'a> Frozen<'a> {
         mover.recorder.report().bytes.control += bytes + more;
         mover.recorder.phase("restore");
         let fault_lane = self.serve_faults(session)?;
-        Ok(Running { at: Instant::now(), drained: self.drained, fault_lane })
+        Ok(Commit { answer: Answer::Runs(Instant::now()), drained: self.drained, fault_lane })
     }
 
-    fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
+    /// Starts the thread that serves the fault lane.
+    pub(super) fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
         let lanes = self.lanes.clone();
         let post = self.post.clone();
         let stream = clone_stream(&session.fault)?;
@@ -262,7 +264,7 @@ impl<'a> Frozen<'a> {
         mover: &Mover,
         session: &Session,
         switchover: &mut Switchover,
-        running: &mut Running,
+        commit: &mut Commit,
         mut awaited: Awaited,
     ) -> Result<(), Why> {
         let mut deadline = Instant::now() + awaited.within;
@@ -271,18 +273,22 @@ impl<'a> Frozen<'a> {
             let left = deadline.saturating_duration_since(Instant::now());
             let (event, what) = match session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left) {
                 Ok(Next::Message(message)) => (Event::from(&message), awaited.not_this(message)),
-                Ok(Next::Other(0)) => match self.take_notices(running) {
+                Ok(Next::Other(0)) => match self.take_notices(commit) {
                     Ok(()) => continue,
                     Err(reason) => (Event::Failing, reason),
                 },
                 Ok(Next::Other(_)) => (Event::Interrupted, "interrupted".into()),
                 Ok(Next::TimedOut) => (Event::Broken, awaited.missing()),
-                Err(error) => (Event::Broken, lost(&error)),
+                Err(error) => (error_event(&error), lost(&error)),
             };
             match switchover.step(event) {
                 Action::CheckFence => return Ok(()),
                 Action::Push => {
-                    running.at = Instant::now();
+                    commit.answer = Answer::Runs(Instant::now());
+                    return Ok(());
+                }
+                Action::Resume => {
+                    commit.answer = Answer::Lost(what);
                     return Ok(());
                 }
                 Action::Wait => {
@@ -313,10 +319,10 @@ impl<'a> Frozen<'a> {
         }
     }
 
-    fn take_notices(&self, running: &mut Running) -> Result<(), String> {
+    fn take_notices(&self, commit: &mut Commit) -> Result<(), String> {
         for notice in self.notices.empty() {
             match notice {
-                Notice::Drained(Ok(())) => running.drained = true,
+                Notice::Drained(Ok(())) => commit.drained = true,
                 Notice::Drained(Err(error)) => return Err(self.with_complaint(&error)),
                 Notice::Lane(Ok(())) | Notice::AllAcknowledged => {}
                 Notice::Lane(Err(error)) => return Err(error.to_string()),
@@ -432,14 +438,29 @@ impl Awaited {
     }
 }
 
-fn lost(error: &ControlError) -> String {
+pub(super) fn lost(error: &ControlError) -> String {
     format!("lost the destination: {error}")
 }
 
-/// The destination runs.
-pub(super) struct Running {
-    /// Since when, as far as can be told from here.
-    pub(super) at: Instant,
+/// Whether a control connection that fails is lost, or the destination does not keep to the protocol.
+pub(super) const fn error_event(error: &ControlError) -> Event {
+    match error {
+        ControlError::Closed | ControlError::Io(_) => Event::Lost,
+        ControlError::Malformed(_) | ControlError::OutOfOrder { .. } => Event::Broken,
+    }
+}
+
+/// What came of a commit.
+pub(super) enum Answer {
+    /// The destination runs; since when, as far as can be told from here.
+    Runs(Instant),
+    /// The connections are lost, for this reason: it may run.
+    Lost(String),
+}
+
+/// The destination was told to run.
+pub(super) struct Commit {
+    pub(super) answer: Answer,
     /// Whether the pages are in the store.
     pub(super) drained: bool,
     /// The thread that serves faults.

@@ -4,16 +4,18 @@
 //!   preflight ─▶ connect ─▶ (pre-copy) ─▶ freeze, dump ─▶ ship ─▶ (restore) ─▶ Commit ═▶ push ─▶ release
 //!        │            │           │              │          │           │         ║
 //!        └────────────┴───────────┴──────────────┴──────────┴───────────┘         ║ the switchover
-//!                     roll back: the tasks run on here                            ║ never back from here: paused
+//!                     roll back: the tasks run on here                            ║ never back from here: a lost link is a pause
 //! ```
 //!
 //! - `Session`: the three connections to the destination, opened before anything is frozen
 //! - `Frozen`: tasks that stand still behind a fence; dropped without a word it rolls back
 //! - `Committed`: the destination runs; the tasks here are killed once their pages are in the store
+//! - `Redial`: when a lost destination is dialled again, and for how long
 
 mod committed;
 mod frozen;
 mod precopy;
+mod redial;
 mod session;
 
 use std::ffi::OsString;
@@ -38,6 +40,7 @@ use crate::process::ProcessTree;
 
 use committed::Committed;
 use frozen::{Frozen, Why};
+pub use redial::GiveUp;
 use session::Session;
 
 /// Where pages wait.
@@ -65,6 +68,8 @@ pub struct MoveConfig {
     pub precopy_rounds: Rounds,
     /// How fast.
     pub precopy_pace: Pace,
+    /// How long a destination that was lost behind the switchover is dialled.
+    pub give_up: GiveUp,
     /// The operator's hooks.
     pub hooks: Vec<Hook>,
     /// CRIU.
@@ -185,7 +190,7 @@ impl Mover {
             .map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages })
             .collect();
         match frozen.reach_commit(self, &session, &mut switchover) {
-            Ok(running) => Committed::new(frozen, session, running, switchover).finish(self),
+            Ok(commit) => Committed::new(frozen, session, commit, switchover).finish(self),
             Err(Why { mut reason, then }) => {
                 if then == Action::CallOff {
                     if let Some(why) = session.call_off(&reason, &mut switchover) {

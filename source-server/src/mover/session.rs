@@ -1,7 +1,7 @@
 //! The connections of a move, all dialled before anything is frozen.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 use host::criu::Criu;
 use host::waiting;
 use protocol::bitmap::Bitmap;
-use protocol::link::{ControlChannel, ControlError, Stream};
+use protocol::link::{ControlChannel, ControlError, LinkError, Stream};
 use protocol::wire::control::{Clean, Control, ImageChunk};
-use protocol::wire::hello::{Hello, Role};
+use protocol::wire::hello::{Hello, HelloError, Refusal, Role};
 use protocol::wire::limits::{CLEAN_PIECE_MAX, IMAGE_CHUNK_MAX};
+use protocol::wire::settled_map::Assembly;
 use protocol::wire::switchover::source::{Action, Event, Switchover};
 
+use super::redial::{Failure, Redial};
 use super::{MoveError, Mover};
 use crate::limits;
 use crate::precopy::most_pages;
@@ -29,6 +31,10 @@ pub(super) struct Session {
     pub(super) push: Stream,
     /// Most pages of pre-copy that the destination has agreed to keep.
     pub(super) precopy_pages: u64,
+    /// How long the control connection took to be made.
+    first_dial: Duration,
+    /// How often the connections were made anew; 0 is never used again.
+    attempt: u16,
 }
 
 impl Session {
@@ -39,7 +45,9 @@ impl Session {
             let remedy = "look at the destination's output, then try again";
             MoveError::problem(format!("the destination did not answer the offer: {error}"), remedy)
         };
+        let began = Instant::now();
         let control = ControlChannel::new(dial(Role::Control)?).map_err(|e| broken(e.into()))?;
+        let first_dial = began.elapsed();
         let mut offer = preflight::offer(tree, criu, &mover.config.criu_options);
         if mover.config.precopy_rounds != Rounds::Off {
             offer.precopy_pages = most_pages(offer.memory_bytes);
@@ -70,7 +78,56 @@ impl Session {
             other => return Err(broken(other.out_of_order("a verdict"))),
         }
         let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
-        Ok(Self { control, fault, push, precopy_pages })
+        Ok(Self { control, fault, push, precopy_pages, first_dial, attempt: 0 })
+    }
+
+    /// Ends every connection: the destination sees it, and whoever waits on one here wakes up.
+    pub(super) fn shutdown(&self) {
+        self.control.shutdown();
+        self.fault.shutdown();
+        self.push.shutdown();
+    }
+
+    /// The dialling after the connections were lost.
+    pub(super) fn redial(&self, mover: &Mover) -> Redial {
+        let noise = mover.id.0.first_chunk().map_or(1, |bytes| u64::from_le_bytes(*bytes));
+        Redial::new(mover.config.give_up, self.first_dial, noise, Instant::now())
+    }
+
+    /// Makes the connections anew, and hears which of `pages` pages are settled at the destination.
+    pub(super) fn resume(
+        &mut self,
+        mover: &Mover,
+        limit: Duration,
+        pages: u64,
+    ) -> Result<Bitmap, NotResumed> {
+        self.attempt = self.attempt.wrapping_add(1).max(1);
+        let (to, attempt) = (&mover.config.to, self.attempt);
+        let hello = |role| Hello { attempt, ..Hello::new(role, 0, mover.id, mover.secret) };
+        let dial = |role| Stream::dial_within(to, &hello(role), limit);
+        // At once: on a long link each takes several round trips.
+        let (control, fault, push) = std::thread::scope(|scope| {
+            let lanes = [Role::Fault, Role::Push].map(|role| scope.spawn(move || dial(role)));
+            let control = dial(Role::Control);
+            let [fault, push] = lanes.map(|lane| lane.join().unwrap_or_else(|_| Err(panicked())));
+            (control, fault, push)
+        });
+        let (control, fault, push) = (control?, fault?, push?);
+        let control = ControlChannel::new(control).map_err(ControlError::from)?;
+        let mut map = Assembly::new(pages);
+        loop {
+            if !waiting::link_within(&control, limits::MAP_TIMEOUT).map_err(ControlError::from)? {
+                return Err(NotResumed::Control(io::Error::from(io::ErrorKind::TimedOut).into()));
+            }
+            match control.receive()? {
+                Control::SettledMap(piece) => map.add(&piece).map_err(ControlError::from)?,
+                Control::Resumed => break,
+                other => return Err(other.out_of_order("a map of what is settled").into()),
+            }
+        }
+        let map = map.finish().map_err(ControlError::from)?;
+        (self.control, self.fault, self.push) = (control, fault, push);
+        Ok(map)
     }
 
     /// Sends every image file; returns their number and the bytes sent.
@@ -153,6 +210,45 @@ impl Session {
             _ => Next::TimedOut,
         })
     }
+}
+
+/// Why the connections could not be made anew.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotResumed {
+    /// One could not be made.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The control connection broke again, or what it said is no map.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+impl NotResumed {
+    /// Why, in words.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Self::Link(LinkError::Hello { source: HelloError::Refused(refusal), .. }) => refusal.to_string(),
+            other => other.to_string(),
+        }
+    }
+
+    /// What it says about the destination.
+    pub(super) fn answer(&self) -> Failure {
+        match self {
+            Self::Link(LinkError::Hello { source: HelloError::Refused(Refusal::Session), .. }) => {
+                Failure::Unknown
+            }
+            Self::Link(LinkError::Io { source, .. }) if source.kind() == io::ErrorKind::ConnectionRefused => {
+                Failure::Refused
+            }
+            _ => Failure::Silent,
+        }
+    }
+}
+
+fn panicked() -> LinkError {
+    let source = io::Error::other("a thread panicked");
+    LinkError::Io { doing: "connect to", endpoint: "the destination".into(), source }
 }
 
 /// What came first.

@@ -58,7 +58,7 @@ impl PageStore for FrozenStore {
                 filled += self.memory.read(what.task, at, &mut buffer[filled..])?;
             }
             let head = what.frame(Kind::Pages, id, bytes);
-            link.send_both(&head, &buffer, false).map_err(StoreError::io("push pages"))?;
+            link.send_both(&head, &buffer, false).map_err(StoreError::Link)?;
         }
         Ok(true)
     }

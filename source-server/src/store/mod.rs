@@ -28,6 +28,9 @@ pub enum StoreError {
         /// The cause.
         source: io::Error,
     },
+    /// The connection to the destination failed.
+    #[error("push pages: {0}")]
+    Link(io::Error),
     /// The task's memory does not have what the images say.
     #[error("task {task} has no readable page at {addr}")]
     Missing {

@@ -289,10 +289,8 @@ impl PageStore for PipeStore {
             let bytes = |pages: u64| usize::try_from(pages_to_bytes(pages)).unwrap_or(0);
             let len = bytes(run.what.run.pages);
             let head = run.what.frame(Kind::Pages, id, len);
-            scratch
-                .skip(bytes(offset - at))
-                .and_then(|()| scratch.send(link, &head, len))
-                .map_err(StoreError::io("push pages"))?;
+            scratch.skip(bytes(offset - at)).map_err(StoreError::io("duplicate a chunk"))?;
+            scratch.send(link, &head, len).map_err(StoreError::Link)?;
             at = offset + run.what.run.pages;
         }
         Ok(true)

@@ -35,6 +35,20 @@ const ORIGINS: usize = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SpaceId(usize);
 
+impl SpaceId {
+    /// As a number.
+    #[must_use]
+    pub const fn number(self) -> u64 {
+        self.0 as u64
+    }
+
+    /// The space with this number, if there can be one.
+    #[must_use]
+    pub fn numbered(number: u64) -> Option<Self> {
+        usize::try_from(number).ok().map(Self)
+    }
+}
+
 /// What a fault needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resolution {
@@ -227,6 +241,48 @@ impl<I: Installer> Family<I> {
     pub fn forked(&mut self, parent: SpaceId, child: I) -> Option<SpaceId> {
         let space = self.member(parent)?.space.clone();
         Some(self.add(space, child))
+    }
+
+    /// As [`Family::restored`], from a record; without an installer the space keeps its number and is not served.
+    pub fn restored_again(&mut self, installer: Option<I>) -> Option<SpaceId> {
+        let space = Space::restored(&self.map);
+        self.add_again(Some(space).zip(installer))
+    }
+
+    /// As [`Family::forked`], from a record.
+    pub fn forked_again(&mut self, parent: SpaceId, installer: Option<I>) -> Option<SpaceId> {
+        let space = self.member(parent).map(|parent| parent.space.clone());
+        self.add_again(space.zip(installer))
+    }
+
+    fn add_again(&mut self, member: Option<(Space, I)>) -> Option<SpaceId> {
+        let id = SpaceId(self.members.len());
+        let served = member.is_some();
+        self.members.push(member.map(|(space, installer)| Member { space, installer }));
+        served.then_some(id)
+    }
+
+    /// Takes over what was acknowledged by who served these spaces before, by index in the whole tree: it is settled
+    /// everywhere. How it came is not known; it counts as pushed.
+    pub fn acknowledged_before(&mut self, map: &Bitmap) {
+        let (offset, end) = (self.map.first, self.map.first + self.map.pages);
+        let mut at = offset;
+        while let Some((first, behind)) = map.run_in(at, end) {
+            let (from, to) = (first - offset, behind - offset);
+            for member in self.members.iter_mut().flatten() {
+                member.space.settle(from, to - from);
+            }
+            self.came_by[Origin::Push as usize] += self.came.set_range(from, to);
+            self.unreported.unset_range(from, to);
+            at = behind;
+        }
+    }
+
+    /// Pages of one space that will not be installed.
+    pub fn settled_otherwise(&mut self, id: SpaceId, first: u64, pages: u64) {
+        if let Some(member) = self.member(id) {
+            member.space.settle(first, pages);
+        }
     }
 
     /// The address space is gone; its installer comes back to be dropped outside any lock.
@@ -467,6 +523,19 @@ impl<I: Installer> Family<I> {
         }
     }
 
+    /// Marks in `map`, by index in the whole tree, what is settled in every space, and takes it for reported.
+    pub fn report_settled(&mut self, map: &mut Bitmap) {
+        let pages = self.map.pages;
+        let mut from = 0;
+        while from < pages {
+            let missing = self.spaces().filter_map(|s| s.remote_in(from, pages)).min_by_key(|s| s.first);
+            let settled = missing.map_or(pages, |stretch| stretch.first);
+            map.set_range(self.map.first + from, self.map.first + settled);
+            self.unreported.unset_range(from, settled);
+            from = missing.map_or(pages, |stretch| stretch.first + stretch.pages);
+        }
+    }
+
     /// The first segment of any space for which `unregistered` is true.
     pub fn first_unregistered(&self, unregistered: impl Fn(&I, TaskAddr) -> bool) -> Option<TaskAddr> {
         let members = self.members.iter().flatten();
@@ -591,6 +660,59 @@ mod tests {
         assert!(family.all_acknowledged());
         assert_eq!(child.pages.borrow().keys().map(|a| a >> 12).collect::<Vec<_>>(), [17, 18, 19]);
         assert_eq!(family.counts().push, 4);
+    }
+
+    #[test]
+    fn the_map_of_what_is_settled_counts_as_reported() {
+        let mut family = family(6);
+        let root = family.restored(Model::default());
+        family.arrived(1, &data(1..3), Origin::Push).unwrap();
+        assert_eq!(acks(&mut family), 2, "acknowledged, perhaps on a link that lost it");
+        family.removed(root, addr(21), addr(22));
+        family.forked(root, Model::default()).unwrap();
+        family.arrived(3, &data(3..4), Origin::Push).unwrap();
+        family.removed(root, addr(16), addr(17));
+        let mut map = Bitmap::clear(6);
+        family.report_settled(&mut map);
+        let settled: Vec<u64> = (0..6).filter(|index| map.get(*index)).collect();
+        assert_eq!(settled, [1, 2, 3, 5], "the child still misses the first");
+        assert_eq!(acks(&mut family), 0);
+        family.arrived(0, &data(0..1), Origin::Push).unwrap();
+        family.arrived(4, &data(4..5), Origin::Push).unwrap();
+        assert_eq!(acks(&mut family), 2);
+        assert!(family.all_acknowledged());
+    }
+
+    #[test]
+    fn a_family_is_put_together_again_from_what_was_recorded() {
+        let mut before = family(6);
+        let root = before.restored(Model::default());
+        before.removed(root, addr(16), addr(17));
+        before.forked(root, Model::default()).unwrap();
+        before.remapped(root, addr(18), addr(40), 2);
+        before.arrived(4, &data(4..6), Origin::Push).unwrap();
+        let mut acknowledged = Bitmap::clear(6);
+        acknowledged.set_range(4, 6);
+
+        let mut again = family(6);
+        let kernels = [Model::default(), Model::default()];
+        assert_eq!(again.restored_again(Some(kernels[0].clone())), Some(root));
+        again.removed(root, addr(16), addr(17));
+        let child = again.forked_again(root, Some(kernels[1].clone())).unwrap();
+        again.remapped(root, addr(18), addr(40), 2);
+        again.acknowledged_before(&acknowledged);
+        assert_eq!(again.remote_pages(), before.remote_pages());
+        assert_eq!(again.fault(root, addr(41)), Resolution::Ask(3));
+        assert_eq!(again.fault(root, addr(16)), Resolution::Zero);
+        assert_eq!(again.fault(child, addr(18)), Resolution::Ask(2));
+        assert_eq!(again.fault(child, addr(20)), Resolution::Zero, "acknowledged");
+        again.arrived(0, &data(0..4), Origin::Push).unwrap();
+        assert_eq!(kernels[0].pages.borrow().keys().map(|a| a >> 12).collect::<Vec<_>>(), [17, 40, 41]);
+        assert_eq!(kernels[1].pages.borrow().keys().map(|a| a >> 12).collect::<Vec<_>>(), [17, 18, 19]);
+        assert_eq!(acks(&mut again), 4);
+        assert!(again.all_acknowledged());
+        let counts = again.counts();
+        assert_eq!((counts.push, counts.gone), (5, 1));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use host::mailbox::{Mailbox, Post, mailbox};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::uffd::{Probe, Uffd};
+use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
@@ -21,18 +22,20 @@ use protocol::wire::control::Control;
 use protocol::wire::switchover::destination::Event;
 
 use super::precopy::Precopied;
-use super::{ByteCount, SessionConfig};
+use super::{ByteCount, SessionConfig, StateConfig};
 use crate::barrier::Report;
 use crate::cache::{Installing, Milestone};
 use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
 use crate::handover::{HandoverSocket, ReceiveError};
-use crate::keeper::KeeperHandle;
+use crate::journal::Journal;
+use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
 use crate::pidns::PidNamespace;
 use crate::preflight;
 use crate::push::{PushError, PushLane};
 use crate::restore::{PidPlace, Restore};
 use crate::steering::Steering;
+use crate::takeover::{Description, Taken};
 use crate::tree::Tree;
 use crate::upstream::FaultLane;
 
@@ -48,8 +51,19 @@ impl Failure {
         Self { reason, event: Event::Broken }
     }
 
+    /// A connection that is lost; a source that does not keep to the protocol is not.
     pub(super) fn lost(error: &ControlError) -> Self {
-        Self::broken(format!("lost the source: {error}"))
+        let event = match error {
+            ControlError::Closed | ControlError::Io(_) => Event::Lost,
+            ControlError::Malformed(_) | ControlError::OutOfOrder { .. } => Event::Broken,
+        };
+        Self { reason: format!("lost the source: {error}"), event }
+    }
+
+    /// A push lane that has ended, by itself or because of what came over it.
+    pub(super) fn push(error: &PushError) -> Self {
+        let event = if error.is_link() { Event::Lost } else { Event::Broken };
+        Self { reason: error.to_string(), event }
     }
 
     pub(super) fn io(error: std::io::Error) -> Self {
@@ -79,7 +93,7 @@ pub(super) struct BroughtUp {
     push_post: Post<Result<(), PushError>>,
     push_lane: Option<Stream>,
     push_thread: Option<JoinHandle<()>>,
-    commands: Post<Command>,
+    commands: Post<Command<FaultLane>>,
     fault_thread: Option<JoinHandle<()>>,
     steering: Option<Steering>,
     /// Installs what pre-copy brought.
@@ -90,7 +104,7 @@ pub(super) struct BroughtUp {
     keeper: KeeperHandle,
     restore: Option<Restore>,
     /// Gone with the move; holds images, logs and the barrier's socket.
-    _dir: WorkDir,
+    dir: WorkDir,
 }
 
 impl BroughtUp {
@@ -134,7 +148,7 @@ impl BroughtUp {
             let lane = FaultLane::new(fault, fault_bytes.clone());
             let fault_loop = FaultLoop::new(
                 tree.clone(),
-                lane,
+                Some(lane),
                 orders,
                 notice_post,
                 Some(keeper.clone()),
@@ -153,7 +167,8 @@ impl BroughtUp {
             let (tree, commands, keeper) = (tree.clone(), commands.clone(), keeper.clone());
             std::thread::spawn(move || {
                 let result = socket.receive(every_task, cancelled.as_fd(), |task, uffd| {
-                    keeper.hold(uffd.as_fd());
+                    let owner = tree.position(task).map_or(Owner::NOBODY, |family| Owner::new(family, 0));
+                    keeper.hold(owner, uffd.as_fd());
                     // A task without lazy pages may still fault on fresh memory.
                     if let Some(family) = tree.position(task) {
                         commands.send(Command::Serve { family, uffd });
@@ -184,9 +199,9 @@ impl BroughtUp {
             cancel_handover: Some(cancel_handover),
             keeper,
             restore: None,
-            _dir: dir,
+            dir,
         };
-        match this.start_restore(config, &pids, options) {
+        match this.start_restore(config, &pids, options).and_then(|()| this.describe(config)) {
             Ok(()) => Ok(this),
             Err(reason) => {
                 this.tear_down();
@@ -209,9 +224,68 @@ impl BroughtUp {
             ),
         };
         let highest = pids.iter().copied().max().unwrap_or(1);
-        let restore = Restore::start(&config.criu, self._dir.path(), namespace, highest, options);
+        let restore = Restore::start(&config.criu, self.dir.path(), namespace, highest, options);
         self.restore = Some(restore.map_err(|error| format!("cannot start criu restore: {error}"))?);
         Ok(())
+    }
+
+    /// Tells the keeper what whoever takes over has to know.
+    fn describe(&self, config: &SessionConfig) -> Result<(), String> {
+        let Some(StateConfig { dir, listen, link, session }) = &config.state else { return Ok(()) };
+        let (Some(session), Some(restore)) = (*session, &self.restore) else { return Ok(()) };
+        let at = (listen.clone(), link.clone());
+        let description =
+            Description::new(session, at, (restore.proc_dir(), self.dir.path().to_owned()), &self.map);
+        Journal::create(self.map.pages())
+            .and_then(|(journal, file)| {
+                self.tree.keep_journal(journal);
+                self.keeper.describe(&dir.listen(session.0)?, &file, &description.write()?)
+            })
+            .map_err(|error| format!("cannot leave word for a daemon that takes over: {error}"))
+    }
+
+    /// A move that another daemon has brought up: its tasks run, and wait for a source.
+    pub(super) fn adopt(taken: Taken) -> std::io::Result<Self> {
+        let latency = latency_histogram();
+        let (notice_post, notices) = mailbox()?;
+        let (commands, orders) = mailbox()?;
+        let (push_post, pushed) = mailbox()?;
+        let (_, handed_over) = mailbox()?;
+        let keeper = Some(taken.keeper.clone());
+        let fault_loop: FaultLoop<FaultLane> =
+            FaultLoop::new(taken.tree.clone(), None, orders, notice_post, keeper, latency.clone());
+        let fault_thread =
+            std::thread::Builder::new().name("fault".into()).spawn(move || drop(fault_loop.run()))?;
+        for space in taken.served.iter().cloned() {
+            commands.send(Command::Adopt(space));
+        }
+        commands.send(Command::Running);
+        taken.wake_all();
+        let proc = &taken.description.proc_dir;
+        let processes = taken.map.tasks().iter().map(|task| proc.join(task.id.to_string())).collect();
+        Ok(Self {
+            steering: Some(Steering::start(taken.tree.clone(), processes)),
+            installing: None,
+            tree: taken.tree,
+            map: taken.map,
+            latency,
+            notices,
+            pushed,
+            push_bytes: Arc::new(AtomicU64::new(0)),
+            frozen_at: None,
+            fault_bytes: Arc::new(AtomicU64::new(0)),
+            push_post,
+            push_lane: None,
+            push_thread: None,
+            commands,
+            fault_thread: Some(fault_thread),
+            handed_over,
+            handover_thread: None,
+            cancel_handover: None,
+            keeper: taken.keeper,
+            restore: None,
+            dir: WorkDir::adopt(taken.description.work_dir),
+        })
     }
 
     fn restore(&mut self) -> Result<&mut Restore, Failure> {
@@ -279,6 +353,10 @@ impl BroughtUp {
 
     /// Lets the tasks run; returns when they did.
     pub(super) fn run(&mut self) -> Result<Instant, Failure> {
+        // Lifted by a daemon that is killed right behind this, the barrier fails, or the tasks run.
+        if let Some(journal) = self.tree.journal() {
+            journal.set_running();
+        }
         self.restore()?.run().map_err(Failure::io)?;
         let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut resumed = None;
@@ -347,6 +425,29 @@ impl BroughtUp {
         self.push_lane = kept.ok();
         self.push_thread =
             std::thread::Builder::new().name("push".into()).spawn(move || post.send(lane.run())).ok();
+    }
+
+    /// Lets go of both lanes. Faults wait from here on; events are read, and present pages work.
+    pub(super) fn detach(&mut self) {
+        self.commands.send(Command::Detach);
+        if let Some(lane) = self.push_lane.take() {
+            lane.shutdown();
+        }
+        if let Some(thread) = self.push_thread.take() {
+            let _ = thread.join();
+        }
+        // What it ended with is no news.
+        drop(self.pushed.empty());
+    }
+
+    /// Fetches over new lanes: whatever was asked is asked again. Returns what is settled by now, which counts as
+    /// acknowledged from here on.
+    pub(super) fn attach(&mut self, fault: Stream, push: Stream) -> Bitmap {
+        self.commands.send(Command::Attach(FaultLane::new(fault, self.fault_bytes.clone())));
+        let settled = self.tree.report_settled();
+        self.push_lane = Some(push);
+        self.start_push();
+        settled
     }
 
     /// Has the fault loop look whether everything is settled and every question answered, and say so.
@@ -420,11 +521,12 @@ impl BroughtUp {
             restore.leave();
         }
         let missing = self.tree.remote_pages();
-        let keeper = self.keeper.pid().map_or_else(String::new, |pid| pid.to_string());
+        let keeper = self.keeper.pid();
         format!(
             "{reason}\nThe switchover was passed: the process belongs here, and {missing} of its {} pages have not \
              arrived. Its threads wait where they touch one; process {keeper} keeps them from reading zeros. \
-             Killing the tasks ends it.",
+             Killing the tasks ends it. `uffd-daemon takeover` goes on as long as the source has its pages; \
+             `uffd-daemon abandon` gives the missing ones up: who touches one gets SIGBUS.",
             self.tree.pages()
         )
     }

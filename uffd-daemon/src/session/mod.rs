@@ -3,19 +3,23 @@
 //! ```text
 //!   offer ─▶ verdict ─▶ lanes ─▶ pre-copy ─▶ images ─▶ restore, held ─▶ Prepared ─▶ Commit ═▶ run ─▶ settle ─▶ Released
 //!     └─────────┴─────────┴─────────┴──────────┴──────────┴────────────────┘          ║
-//!                     roll back: nothing of the tree is left here                     ║ never back: paused
+//!                     roll back: nothing of the tree is left here                     ║ never back: a lost link is a pause
 //! ```
 
+mod arrivals;
 mod brought_up;
 mod images;
 mod precopy;
+mod settling;
+
+pub use arrivals::{Arrivals, Door, door};
+pub use precopy::Prefill;
 
 use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Receiver;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use host::criu::Criu;
@@ -25,18 +29,18 @@ use host::report::{Outcome, Recorder, Report, TaskReport};
 use host::waiting;
 use host::workdir::WorkDir;
 use protocol::link::{ControlChannel, ControlError, Stream};
-use protocol::wire::control::{Control, Offer, Summary};
-use protocol::wire::hello::{Hello, Role};
+use protocol::wire::control::{Control, Offer};
+use protocol::wire::hello::{Hello, SessionId, SessionSecret};
 use protocol::wire::switchover::destination::{Action, Ending, Event, Switchover};
 
-use crate::fault::Notice;
-use crate::latency;
 use crate::limits;
 use crate::preflight;
 use crate::restore::PidPlace;
+use crate::state::StateDir;
+use crate::takeover::Taken;
 
-use brought_up::{BroughtUp, Failure, Images};
-pub use precopy::Prefill;
+use arrivals::Gathered;
+use brought_up::{BroughtUp, Images};
 
 /// What every session of a daemon has in common.
 #[derive(Clone, Debug)]
@@ -49,6 +53,10 @@ pub struct SessionConfig {
     pub hooks: Hooks,
     /// Where working directories are made.
     pub work_dir: Option<PathBuf>,
+    /// What is left behind; nothing if no other daemon is to take over.
+    pub state: Option<StateConfig>,
+    /// How long a source that was lost behind the switchover is waited for; none is for ever.
+    pub give_up_after: Option<Duration>,
     /// No progress.
     pub quiet: bool,
     /// Passed on to `criu restore`.
@@ -57,6 +65,19 @@ pub struct SessionConfig {
     pub prefill: Prefill,
     /// How long the tasks wait for that at most.
     pub prefill_ms: u64,
+}
+
+/// What a daemon leaves behind about its sessions for one that takes over.
+#[derive(Clone, Debug)]
+pub struct StateConfig {
+    /// Where keepers are found.
+    pub dir: StateDir,
+    /// Where the daemon listens.
+    pub listen: String,
+    /// The options of its link.
+    pub link: Vec<String>,
+    /// Whose state it is.
+    pub session: Option<(SessionId, SessionSecret)>,
 }
 
 /// Why a move did not end well here.
@@ -84,7 +105,9 @@ const LANE_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Session {
     config: SessionConfig,
     control: ControlChannel,
-    lanes: Receiver<(Role, Stream)>,
+    arrivals: Arrivals,
+    /// Connections that replace those in use.
+    gathered: settling::NewConnections,
     recorder: Recorder,
     progress: Progress,
     /// Readable when the operator wants to stop.
@@ -92,25 +115,40 @@ pub struct Session {
 }
 
 impl Session {
-    /// A move that begins on `control`; its lanes will come through `lanes`.
+    /// A move that begins on `control`; its other connections come as `arrivals`.
     #[must_use]
     pub fn new(
         mut config: SessionConfig,
         hello: &Hello,
         control: ControlChannel,
-        lanes: Receiver<(Role, Stream)>,
+        arrivals: Arrivals,
         interrupt: Arc<std::os::unix::net::UnixStream>,
     ) -> Self {
         config.hooks.tell("POSTCOPY_ROLE", "destination");
         config.hooks.tell("POSTCOPY_SESSION", hello.session);
+        if let Some(state) = &mut config.state {
+            state.session = Some((hello.session, hello.secret));
+        }
         let recorder = Recorder::new(hello.session.to_string(), "destination");
         let progress = Progress::new(config.quiet);
-        Self { config, control, lanes, recorder, progress, interrupt }
+        Self { config, control, arrivals, gathered: None, recorder, progress, interrupt }
     }
 
     /// Takes the move, and reports in any case.
     pub fn run(mut self) -> (Report, Result<(), SessionError>) {
         let result = self.phases();
+        self.report(result)
+    }
+
+    /// Goes on with a move whose daemon has ended, and reports in any case.
+    pub fn run_taken_over(mut self, taken: Taken) -> (Report, Result<(), SessionError>) {
+        self.recorder.phase("push");
+        self.arrivals.allow_resume();
+        let result = self.take_over(taken);
+        self.report(result)
+    }
+
+    fn report(mut self, result: Result<(), SessionError>) -> (Report, Result<(), SessionError>) {
         self.progress.clear();
         let outcome = match &result {
             Ok(()) => Outcome::Released,
@@ -191,19 +229,17 @@ impl Session {
         }
     }
 
-    fn wait_for_lanes(&self) -> Result<(Stream, Stream), String> {
-        let (mut fault, mut push) = (None, None);
+    fn wait_for_lanes(&mut self) -> Result<(Stream, Stream), String> {
         let deadline = Instant::now() + LANE_PATIENCE;
-        while fault.is_none() || push.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.lanes.recv_timeout(left) {
-                Ok((Role::Fault, stream)) => fault = Some(stream),
-                Ok((Role::Push, stream)) => push = Some(stream),
-                Ok((Role::Control, _)) => {}
-                Err(_) => return Err("the source opened no lanes".into()),
+        loop {
+            if let Some(Gathered { fault, push, .. }) = self.arrivals.take() {
+                return Ok((fault, push));
+            }
+            match waiting::readable([self.arrivals.as_fd()], Some(deadline)) {
+                Ok([true]) => {}
+                _ => return Err("the source opened no lanes".into()),
             }
         }
-        fault.zip(push).ok_or_else(|| "the source opened no lanes".into())
     }
 
     fn receive_images(&mut self, dir: &std::path::Path) -> Result<protocol::wire::control::Dumped, String> {
@@ -258,132 +294,11 @@ impl Session {
         }
         let message = self.next_message(Some(limits::COMMIT_TIMEOUT))?;
         match switchover.step(Event::from(&message)) {
-            Action::LetRun => Ok(()),
+            Action::LetRun => {
+                self.arrivals.allow_resume();
+                Ok(())
+            }
             _ => Err(message.out_of_order("commit").to_string()),
-        }
-    }
-
-    /// Behind the switchover: run, fetch everything, release.
-    fn settle(&mut self, mut brought_up: BroughtUp, mut switchover: Switchover) -> Result<(), SessionError> {
-        let Err(Failure { reason, event }) = self.try_settle(&mut brought_up, &mut switchover) else {
-            if let Err(error) = self.config.hooks.run(HookPhase::Released) {
-                tracing::error!("{error}");
-            }
-            brought_up.finish();
-            return Ok(());
-        };
-        if switchover.step(event) == Action::End(Ending::TellAndPause) {
-            // The source must know, although it will not resume.
-            let _ = self.control.send(&Control::Abort(reason.clone()));
-        }
-        self.control.shutdown();
-        self.recorder.settle(&self.summary(&brought_up, Instant::now()));
-        Err(SessionError::Paused(brought_up.pause(&reason)))
-    }
-
-    /// Runs the tasks and waits until every page is here; an error pauses.
-    fn try_settle(&mut self, brought_up: &mut BroughtUp, switchover: &mut Switchover) -> Result<(), Failure> {
-        let running_at = brought_up.run()?;
-        if let Some(frozen_at) = brought_up.frozen_at {
-            let blackout = running_at.saturating_duration_since(frozen_at);
-            self.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
-        }
-        self.recorder.phase_at("push", running_at);
-        if switchover.step(Event::Resumed) == Action::SendRunning {
-            self.control.send(&Control::Running).map_err(|error| Failure::lost(&error))?;
-        }
-        brought_up.start_push();
-        self.wait_settled(brought_up)?;
-        let resolved_here = brought_up.tree.local_faults.load(Ordering::Relaxed);
-        tracing::info!(resolved_here, "every page is here");
-        self.recorder.phase("release");
-        let summary = self.summary(brought_up, running_at);
-        self.recorder.settle(&summary);
-        if switchover.step(Event::Settled) == Action::SendComplete {
-            self.control.send(&Control::Complete(summary)).map_err(|error| Failure::lost(&error))?;
-        }
-        switchover.step(Event::CompleteSent);
-        // An interrupt changes nothing any more.
-        let farewell = match waiting::link_within(&self.control, LANE_PATIENCE) {
-            Ok(true) => self.control.receive(),
-            _ => Err(ControlError::Closed),
-        };
-        let (event, warning) = match farewell {
-            Ok(Control::Released) => (Event::Released, None),
-            Ok(other) => (Event::from(&other), Some(other.out_of_order("released"))),
-            Err(error) => (Event::Broken, Some(error)),
-        };
-        if let Some(warning) = warning {
-            tracing::warn!("no farewell from the source: {warning}");
-        }
-        match switchover.step(event) {
-            Action::End(Ending::Release) => Ok(()),
-            _ => Err(Failure::broken("no farewell from the source".into())),
-        }
-    }
-
-    /// Waits until every page is settled and acknowledged, when the push lane's thread ends well, and until no
-    /// answer is on its way that the source has counted.
-    fn wait_settled(&mut self, brought_up: &BroughtUp) -> Result<(), Failure> {
-        let (mut settled, mut acknowledged) = (false, false);
-        while !(settled && acknowledged) {
-            let fds = [brought_up.notices.as_fd(), brought_up.pushed.as_fd()];
-            let deadline = Some(Instant::now() + self.progress.interval());
-            let ready = waiting::link_or(&self.control, fds, deadline);
-            let (control, [notice, pushed]) = ready.map_err(Failure::io)?;
-            brought_up.check_installing()?;
-            if pushed {
-                for result in brought_up.pushed.empty() {
-                    result.map_err(|error| Failure::broken(error.to_string()))?;
-                    acknowledged = true;
-                    brought_up.ask_whether_settled();
-                }
-            }
-            if notice {
-                for notice in brought_up.notices.empty() {
-                    match notice {
-                        Notice::Settled => settled = true,
-                        Notice::UpstreamLost(_) if brought_up.tree.check_settled() => settled = true,
-                        Notice::UpstreamLost(reason) | Notice::Broken(reason) => {
-                            return Err(Failure::broken(reason));
-                        }
-                    }
-                }
-            }
-            if control {
-                return Err(match self.control.receive() {
-                    Ok(Control::Abort(reason)) => Failure::broken(format!("the source failed: {reason}")),
-                    Ok(other) => Failure::broken(other.out_of_order("nothing").to_string()),
-                    Err(error) => Failure::lost(&error),
-                });
-            }
-            let (tree, latency) = (&brought_up.tree, &brought_up.latency);
-            self.progress.show(|| {
-                let faults = latency::summary(latency);
-                let local = tree.local_faults.load(Ordering::Relaxed);
-                let local = if local > 0 { format!(" ({local} more resolved here)") } else { String::new() };
-                format!(
-                    "push: {} of {} pages left, {} faults{local}, p50 {} us, p99 {} us",
-                    tree.remote_pages(),
-                    tree.pages(),
-                    faults.count,
-                    faults.p50_ns / 1000,
-                    faults.p99_ns / 1000
-                )
-            });
-        }
-        Ok(())
-    }
-
-    fn summary(&self, brought_up: &BroughtUp, running_at: Instant) -> Summary {
-        let settled_at = brought_up.tree.settled_at().unwrap_or_else(Instant::now);
-        let brownout = settled_at.saturating_duration_since(running_at);
-        Summary {
-            pages: brought_up.tree.counts(),
-            latency: latency::summary(&brought_up.latency),
-            fault_lane_bytes: brought_up.fault_bytes(),
-            push_lane_bytes: brought_up.push_bytes.load(Ordering::Relaxed),
-            brownout_us: u64::try_from(brownout.as_micros()).unwrap_or(u64::MAX),
         }
     }
 }

@@ -17,6 +17,11 @@ pub enum State {
     Settled,
     /// `Complete` was handed to the connection.
     Completed,
+    /// The connections are lost behind `Commit`: the source makes new ones.
+    Paused {
+        /// Every page is here; the source may not know it.
+        whole: bool,
+    },
     /// Nothing changes it any more.
     Ended(Ending),
 }
@@ -51,10 +56,13 @@ pub enum Event {
     CompleteSent,
     /// `Released` has come.
     Released,
+    /// A connection is lost.
+    Lost,
+    /// The source has made new connections.
+    Attached,
     /// Any other message.
     OutOfOrder,
-    /// A connection is lost, a time limit has passed, the source or the operator calls it off, or something
-    /// here failed.
+    /// A time limit has passed, the source or the operator calls it off, or something here failed.
     Broken,
 }
 
@@ -82,6 +90,12 @@ pub enum Action {
     SendComplete,
     /// Wait for `Released`, not for long.
     AwaitReleased,
+    /// Close what is left of the connections; present pages work, faults wait for new ones.
+    AwaitResume,
+    /// Send the map of what is settled, and `Running` once more.
+    Resume,
+    /// Go on.
+    Wait,
     /// End the move.
     End(Ending),
 }
@@ -101,10 +115,22 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
         (State::Committed, Event::RestoreFailed) => end(Ending::TellAndPause),
         (State::Running, Event::Settled) => (State::Settled, Action::SendComplete),
         (State::Settled, Event::CompleteSent) => (State::Completed, Action::AwaitReleased),
+        // The barrier is being lifted, and nobody listens; what is lost shows when it is.
+        (State::Committed, Event::Lost) => (state, Action::Wait),
+        (State::Running, Event::Lost) => (State::Paused { whole: false }, Action::AwaitResume),
+        // All is here, but the source must hear it before it can let go.
+        (State::Settled | State::Completed, Event::Lost) => {
+            (State::Paused { whole: true }, Action::AwaitResume)
+        }
+        (State::Paused { .. }, Event::Settled) => (State::Paused { whole: true }, Action::AwaitResume),
+        (State::Paused { .. }, Event::Attached) => (State::Running, Action::Resume),
+        (State::Paused { .. }, Event::Lost) => (state, Action::AwaitResume),
+        (State::Paused { whole: false }, _) => end(Ending::Pause),
+
         // The source never runs again: what is here is all there is.
         (State::Committed | State::Running | State::Settled, _) => end(Ending::Pause),
         // Every page is here: a farewell that does not come changes nothing.
-        (State::Completed, _) => end(Ending::Release),
+        (State::Completed | State::Paused { whole: true }, _) => end(Ending::Release),
     }
 }
 
@@ -123,6 +149,12 @@ impl Default for Switchover {
 }
 
 impl Switchover {
+    /// Of a move whose program ended while the tasks ran: the source has to make new connections.
+    #[must_use]
+    pub const fn taken_over() -> Self {
+        Self(State::Paused { whole: false })
+    }
+
     /// What to do about `event`.
     pub fn step(&mut self, event: Event) -> Action {
         let (next, action) = decide(self.0, event);

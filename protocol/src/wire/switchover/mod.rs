@@ -13,8 +13,10 @@
 //!   Release   ───────────────── Released ───────────▶   Release
 //! ```
 //!
-//! Above the double line every failure ends with the source's tasks running and nothing left at the destination;
-//! below it with both sides paused. A shell reports an [event](source::Event) and does what the [action](source::Action)
+//! Above the double line every failure ends with the source's tasks running and nothing left at the destination.
+//! Below it a lost connection is a pause: the source makes new ones, the destination says what is settled, and both
+//! go on where they were (`Paused`); everything else there, and a pause that lasts too long, ends with both sides
+//! holding what they have. A shell reports an [event](source::Event) and does what the [action](source::Action)
 //! says: it neither resumes, kills, runs nor frees a task by a decision of its own. That no order of messages,
 //! losses and crashes makes two copies run, or loses a page, is checked by `protocol/tests/switchover`, which
 //! explores these very functions.

@@ -23,6 +23,9 @@ pub enum State {
     CallingOff,
     /// The destination runs.
     Pushing(Progress),
+    /// The connections are lost behind `Commit`: they are made anew. Without progress the destination has not said
+    /// yet that it runs.
+    Paused(Option<Progress>),
     /// Nothing changes it any more.
     Ended(Ending),
 }
@@ -73,7 +76,11 @@ pub enum Event {
     },
     /// A lane, the drain, or sending `Commit` failed; the control connection can perhaps still be read.
     Failing,
-    /// The control connection is lost, a time limit has passed, or something here failed for good.
+    /// The control connection is lost.
+    Lost,
+    /// New connections stand, and what is settled at the destination has been told.
+    Resumed,
+    /// A time limit has passed, the destination does not know the session, or something here failed for good.
     Broken,
     /// The operator wants to stop.
     Interrupted,
@@ -115,6 +122,8 @@ pub enum Action {
     CallOff,
     /// The destination runs: push.
     Push,
+    /// Close what is left of the connections and make new ones.
+    Resume,
     /// End CRIU, and kill the tasks if their pages are elsewhere.
     LetGo,
     /// End the move.
@@ -138,13 +147,13 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
         (State::Preparing { .. } | State::Checking, _) => (State::CallingOff, Action::CallOff),
 
         // The destination never hears of a commit: the tasks may run whether it confirms or not.
-        (State::CallingOff, Event::RolledBack | Event::Broken) => end(Ending::LetRun),
+        (State::CallingOff, Event::RolledBack | Event::Lost | Event::Broken) => end(Ending::LetRun),
         (State::CallingOff, _) => (state, Action::Wait),
 
-        (State::Committed { failing: false }, Event::Running) => {
-            let progress = Progress { drained: false, let_go: false, acknowledged: false, complete: false };
-            (State::Pushing(progress), Action::Push)
-        }
+        (State::Committed { failing: false }, Event::Running) => (State::Pushing(BEGUN), Action::Push),
+        // It runs, but not all connections stand.
+        (State::Committed { failing: true }, Event::Running) => pause(Some(BEGUN)),
+        (State::Committed { .. }, Event::Lost) => pause(None),
         (State::Committed { .. }, Event::Failing) => {
             (State::Committed { failing: true }, Action::AwaitReason)
         }
@@ -159,7 +168,25 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
         (State::Committed { .. } | State::Refused, _) => end(Ending::Hold),
 
         (State::Pushing(progress), event) => push(progress, event),
+
+        (State::Paused(None), Event::Resumed) => (State::Committed { failing: false }, Action::Wait),
+        (State::Paused(Some(progress)), Event::Resumed) => (State::Pushing(progress), Action::Push),
+        // What is left of the old connections has nothing to say any more.
+        (State::Paused(_), Event::Lost | Event::Failing) => (state, Action::Wait),
+        (State::Paused(Some(progress)), event) => match push(progress, event) {
+            (State::Pushing(progress), action) => (State::Paused(Some(progress)), action),
+            ended => ended,
+        },
+        // Interrupted, or nobody answers.
+        (State::Paused(None), _) => end(Ending::Hold),
     }
+}
+
+/// The destination has just begun to run.
+const BEGUN: Progress = Progress { drained: false, let_go: false, acknowledged: false, complete: false };
+
+const fn pause(progress: Option<Progress>) -> (State, Action) {
+    (State::Paused(progress), Action::Resume)
 }
 
 const fn push(mut progress: Progress, event: Event) -> (State, Action) {
@@ -170,9 +197,12 @@ const fn push(mut progress: Progress, event: Event) -> (State, Action) {
         }
         Event::HasLetGo => progress.let_go = progress.drained,
         Event::Acknowledged => progress.acknowledged = true,
-        Event::Complete if !progress.complete => progress.complete = true,
+        Event::Complete => progress.complete = true,
+        // Said again on new connections.
+        Event::Running => {}
         // The destination closes its lanes once it is complete.
         Event::Failing if progress.complete || progress.acknowledged => {}
+        Event::Failing | Event::Lost => return pause(Some(progress)),
         _ => return end(Ending::Hold),
     }
     if progress.complete && progress.acknowledged && progress.let_go {

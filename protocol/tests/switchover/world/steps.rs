@@ -76,7 +76,7 @@ impl World {
                 );
             });
         }
-        if let State::Pushing(progress) = state {
+        if let State::Pushing(progress) | State::Paused(Some(progress)) = state {
             let stored = self.in_pipes || self.store == Store::Frozen;
             self.step(
                 steps,
@@ -85,9 +85,10 @@ impl World {
                 "source: lets go of the tasks",
                 on(Event::Drained),
             );
+            let pushing = matches!(state, State::Pushing(_));
             self.step(
                 steps,
-                self.acks == Acks::OnTheirWay,
+                pushing && self.acks == Acks::OnTheirWay,
                 Kind::Progress,
                 "source: every page acknowledged",
                 |world| {
@@ -96,16 +97,20 @@ impl World {
                 },
             );
         }
-        let ended = self.cut || self.destination_open().is_none();
-        let lost = ended && self.to_source.is_empty();
-        self.step(steps, lost, Kind::Progress, "source: the connection has ended", on(Event::Broken));
-        self.step(
-            steps,
-            ended || self.lanes_cut,
-            Kind::Progress,
-            "source: a lane has ended",
-            on(Event::Failing),
-        );
+        if let State::Paused(_) = state {
+            self.resume_steps(rules, steps);
+        } else {
+            let ended = self.cut || self.destination_open().is_none();
+            let lost = ended && self.to_source.is_empty();
+            self.step(steps, lost, Kind::Progress, "source: the connection has ended", on(Event::Lost));
+            self.step(
+                steps,
+                ended || self.lanes_cut,
+                Kind::Progress,
+                "source: a lane has ended",
+                on(Event::Failing),
+            );
+        }
         let limited = match state {
             State::Preparing { .. } => self.dumped,
             State::Pushing(progress) => progress.complete,
@@ -114,6 +119,30 @@ impl World {
         self.step(steps, limited, Kind::Limit, "source: a time limit", on(Event::Broken));
         self.step(steps, true, Kind::Fault, "source: a failure", on(Event::Broken));
         self.step(steps, true, Kind::Fault, "source: interrupted", on(Event::Interrupted));
+    }
+
+    /// The source dials again.
+    fn resume_steps(&self, rules: Rules, steps: &mut Vec<Step>) {
+        use destination::State;
+        let knows = self.destination_open();
+        let refused = !self.down && knows.is_none();
+        self.step(steps, refused, Kind::Progress, "source: nobody there knows the session", |world| {
+            world.source_event(rules, source::Event::Broken);
+        });
+        // Before it has heard of Commit the destination says that it cannot yet; while it lifts the barrier the
+        // connections wait.
+        let runs =
+            matches!(knows, Some(State::Running | State::Settled | State::Completed | State::Paused { .. }));
+        self.step(steps, !self.down && runs, Kind::Progress, "new connections are made", |world| {
+            if !matches!(knows, Some(State::Paused { .. })) {
+                world.destination_event(rules, destination::Event::Lost);
+            }
+            world.to_source.clear();
+            world.to_destination.clear();
+            (world.cut, world.lanes_cut) = (false, false);
+            world.destination_event(rules, destination::Event::Attached);
+            world.source_event(rules, source::Event::Resumed);
+        });
     }
 
     fn destination_steps(&self, rules: Rules, steps: &mut Vec<Step>) {
@@ -184,16 +213,25 @@ impl World {
         // Whether it leaves or not.
         self.step(steps, settled, Kind::Fault, "destination: fails to send Complete", |world| {
             world.destination_event(rules, Event::Settled);
-            world.destination_event(rules, Event::Broken);
+            world.destination_event(rules, Event::Lost);
         });
+        let paused = matches!(state, State::Paused { .. });
         let ended = self.cut || self.source_open().is_none();
-        let lost = ended && self.to_destination.is_empty();
-        self.step(steps, lost, Kind::Progress, "destination: the connection has ended", on(Event::Broken));
+        let lost = ended && self.to_destination.is_empty() && !paused;
+        self.step(steps, lost, Kind::Progress, "destination: the connection has ended", on(Event::Lost));
         let fetching = state == State::Running && self.lanes_cut && !self.here;
-        self.step(steps, fetching, Kind::Progress, "destination: a lane has ended", on(Event::Broken));
+        self.step(steps, fetching, Kind::Progress, "destination: a lane has ended", on(Event::Lost));
+        let waits = state == State::Paused { whole: false };
+        self.step(
+            steps,
+            waits && self.here,
+            Kind::Progress,
+            "destination: has every page",
+            on(Event::Settled),
+        );
         let limited = match state {
             State::Restoring => self.images_here,
-            State::Prepared | State::Committed | State::Completed => true,
+            State::Prepared | State::Committed | State::Completed | State::Paused { .. } => true,
             _ => false,
         };
         self.step(steps, limited, Kind::Limit, "destination: a time limit", on(Event::Broken));
@@ -225,6 +263,8 @@ impl World {
             }
         }
         self.step(steps, !self.lanes_cut, Kind::Fault, "the lanes are cut", |world| world.lanes_cut = true);
+        self.step(steps, !self.down, Kind::Fault, "no way is left to make connections", |w| w.down = true);
+        self.step(steps, self.down, Kind::Fault, "connections can be made again", |w| w.down = false);
         let lossy = self.lanes_cut && self.acks == Acks::OnTheirWay;
         self.step(steps, lossy, Kind::Fault, "acknowledgements are lost", |world| world.acks = Acks::None);
         self.step(

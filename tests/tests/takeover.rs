@@ -1,0 +1,173 @@
+//! A daemon that is killed behind the switchover loses nothing: its tasks wait, another daemon takes over from the keeper,
+//! the source dials it, and the move is released. Or the operator gives the missing pages up, and no thread reads zeros.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use experiments::report::MoveReport;
+use experiments::stamp::Options;
+use nix::sys::signal::Signal;
+use tests::keys::Keys;
+use tests::moves::{Move, Plan};
+use tests::site::{Site, assert_ends};
+use tests::stamps::{self, Stamp};
+use tests::tool::Tool;
+use tests::{MOVE, STEP, processes, programs};
+
+fn busy(site: &Site) -> Options {
+    Options { mib: 128, threads: 2, rate_us: 200, churn: true, fork: true, ..stamps::options(site, "busy") }
+}
+
+/// A move to a daemon with a state directory of its own, far from its end.
+fn under_way(site: &Site, plan: Plan<'_>, stamp: &mut Stamp) -> (Move, PathBuf) {
+    let state = site.path("state");
+    let plan = plan.source(["--push-rate", "16M"]);
+    let plan = plan.destination(["--state-dir".as_ref(), state.as_os_str()]);
+    let under_way = plan.start(site, stamp.pid());
+    under_way.wait_running();
+    stamp.give_up();
+    stamp.wait_ops(100);
+    (under_way, state)
+}
+
+fn daemon(verb: &str, state: &Path) -> Command {
+    let mut command = Command::new(programs::program("uffd-daemon"));
+    command.arg(verb).arg("--state-dir").arg(state);
+    command
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+fn status(state: &Path) -> String {
+    let output = daemon("status", state).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    said(&output)
+}
+
+/// Kills the daemon; its tasks and its keeper stay.
+fn kill_daemon(under_way: &mut Move, state: &Path) {
+    assert!(status(state).contains("served by a daemon"), "{}", status(state));
+    under_way.destination.tool.signal(Signal::SIGKILL);
+    under_way.destination.tool.wait(STEP);
+    under_way.source.tool.wait_line("paused: ", STEP);
+    let shown = status(state);
+    assert!(shown.contains("paused for") && shown.contains("pages not acknowledged"), "{shown}");
+}
+
+/// The move is released by whoever took over, and everything is right.
+fn assert_finished(
+    site: &Site,
+    mut stamp: Stamp,
+    under_way: Move,
+    mut follower: Tool,
+    json: &Path,
+    state: &Path,
+) {
+    let source = under_way.source.wait(MOVE);
+    assert_eq!(source.status, 0, "{source:#?}\n{}", follower.last_lines());
+    assert_eq!(follower.wait(STEP), 0, "{}", follower.last_lines());
+    let reports = [source.report().clone(), MoveReport::read(json).unwrap()];
+    for report in &reports {
+        assert!(report.pages.adds_up() && report.outcome == "released", "{report}");
+    }
+    assert_eq!(reports[0].session, reports[1].session);
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    stamp.quit();
+    assert!(status(state).contains("no moves"), "{}", status(state));
+    site.assert_clean(&[]);
+    println!("{}{}", reports[0], reports[1]);
+}
+
+#[test]
+fn another_daemon_goes_on_with_the_move() {
+    for (by, link) in [("takeover", "tcp"), ("serve", "tcp"), ("takeover", "tls")] {
+        let Some(site) = Site::new() else { return };
+        println!("{by}, {link}");
+        let mut stamp = Stamp::start(&busy(&site));
+        let plan = if link == "tcp" { Plan::new() } else { Keys::new(&site).plan(link) };
+        let (mut under_way, state) = under_way(&site, plan, &mut stamp);
+        kill_daemon(&mut under_way, &state);
+        let json = site.path("follower.json");
+        let mut command = daemon(by, &state);
+        command.arg("--json").arg(&json);
+        if by == "serve" {
+            command.args(["--once", "--listen", &under_way.destination.address]);
+        }
+        let follower = Tool::start("follower", command);
+        follower.wait_line("resumed after", STEP);
+        assert_finished(&site, stamp, under_way, follower, &json, &state);
+    }
+}
+
+#[test]
+fn daemons_that_are_killed_one_after_the_other() {
+    let Some(site) = Site::new() else { return };
+    let mut stamp = Stamp::start(&busy(&site));
+    let (mut under_way, state) = under_way(&site, Plan::new(), &mut stamp);
+    kill_daemon(&mut under_way, &state);
+    let json = site.path("follower.json");
+    for times in 1..=3 {
+        let mut command = daemon("takeover", &state);
+        command.arg("--json").arg(&json);
+        let mut follower = Tool::start("follower", command);
+        under_way.source.tool.wait_lines("resumed after", times, STEP);
+        stamp.wait_ops(20);
+        if times == 3 {
+            assert_finished(&site, stamp, under_way, follower, &json, &state);
+            return;
+        }
+        follower.signal(Signal::SIGKILL);
+        follower.wait(STEP);
+    }
+}
+
+#[test]
+fn pages_that_are_given_up_are_never_read_as_zeros() {
+    let Some(site) = Site::new() else { return };
+    let mut stamp = Stamp::start(&Options { fork: false, ..busy(&site) });
+    let (mut under_way, state) = under_way(&site, Plan::new(), &mut stamp);
+    kill_daemon(&mut under_way, &state);
+    under_way.source.tool.signal(Signal::SIGKILL);
+    under_way.source.tool.wait(STEP);
+    let root = site.moved(stamp.pid()).expect("the moved root");
+    let abandoned = daemon("abandon", &state).output().unwrap();
+    assert!(abandoned.status.success(), "{}", said(&abandoned));
+    assert!(
+        said(&abandoned).contains("pages are lost") && said(&abandoned).contains("poisoned"),
+        "{}",
+        said(&abandoned)
+    );
+    // It touches a page that is lost, sooner or later.
+    assert_ends(root, STEP);
+    assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
+    assert!(status(&state).contains("no moves"));
+    for left in site.processes() {
+        processes::signal(left.pid, Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn a_daemon_that_lives_is_not_robbed() {
+    let Some(site) = Site::new() else { return };
+    let mut stamp = Stamp::start(&busy(&site));
+    let (under_way, state) = under_way(&site, Plan::new(), &mut stamp);
+    for verb in ["takeover", "abandon"] {
+        let output = daemon(verb, &state).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        assert!(
+            !said(&output).contains("lost") && !said(&output).contains("taken over"),
+            "{}",
+            said(&output)
+        );
+    }
+    let ended = under_way.wait();
+    ended.assert_released(tests::accounts::Memory::Changing);
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    stamp.quit();
+    site.assert_clean(&[]);
+}

@@ -1,0 +1,94 @@
+//! When the source is gone for good and the operator says so: missing pages are poisoned. A thread that touches one gets
+//! SIGBUS, and memory that is here stays right. Nothing reads as zero that was not.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use kernel::uffd::{Event, EventBuffer, Install, Uffd};
+use protocol::units::{TaskAddr, bytes_to_pages, pages_to_bytes};
+
+use crate::limits;
+use crate::takeover::{ServedSpace, Taken};
+use crate::tree::TaskFamily;
+
+/// Poisons every missing page of a move that was taken over, says where, and lets the tasks go on. Returns how many.
+///
+/// # Errors
+/// An errno of the kernel that is no ordinary outcome; `TimedOut` if an address space never stops changing.
+pub fn abandon(taken: &Taken) -> io::Result<u64> {
+    let mut served = taken.served.clone();
+    let mut events = EventBuffer::default();
+    let mut poisoned = 0;
+    let mut at = 0;
+    while let Some(space) = served.get(at).cloned() {
+        let deadline = Instant::now() + limits::ABANDON_PATIENCE;
+        loop {
+            let mut family = taken.tree.lock(space.family);
+            let children = read_events(&mut family, &space, &mut events)?;
+            let forked = children.into_iter().filter_map(|child| {
+                let uffd = std::sync::Arc::new(Uffd::from(child));
+                let space_of_child = family.forked(space.space, uffd.clone())?;
+                Some(ServedSpace { family: space.family, space: space_of_child, uffd })
+            });
+            served.extend(forked);
+            match poison(&mut family, &space)? {
+                (pages, true) => {
+                    poisoned += pages;
+                    break;
+                }
+                (pages, false) => poisoned += pages,
+            }
+            if Instant::now() > deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            // An event that is on its way is in the way.
+            drop(family);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        at += 1;
+    }
+    taken.wake_all();
+    Ok(poisoned)
+}
+
+/// Takes in what a task did to its address space; its new children.
+fn read_events(
+    family: &mut TaskFamily,
+    of: &ServedSpace,
+    events: &mut EventBuffer,
+) -> io::Result<Vec<std::os::fd::OwnedFd>> {
+    let mut children = Vec::new();
+    let at = TaskAddr::containing;
+    of.uffd.read(events, |event| match event {
+        Event::Fork { child } => children.push(child),
+        Event::Remap { from, to, len } => family.remapped(of.space, at(from), at(to), bytes_to_pages(len)),
+        Event::Remove { start, end } => family.removed(of.space, at(start), at(end)),
+        Event::Unmap { start, end } => family.unmapped(of.space, at(start), at(end)),
+        Event::Fault { .. } | Event::Unknown(_) => {}
+    })?;
+    Ok(children)
+}
+
+/// Poisons what is missing: how many pages, and whether that was all.
+fn poison(family: &mut TaskFamily, of: &ServedSpace) -> io::Result<(u64, bool)> {
+    let (task, end) = (family.task(), family.map().pages);
+    let (mut poisoned, mut from) = (0, 0);
+    while let Some(stretch) = family.space(of.space).and_then(|space| space.remote_in(from, end)) {
+        let bytes = pages_to_bytes(stretch.pages);
+        let pages = match of.uffd.poison(stretch.at.get(), bytes)? {
+            Install::Done { pages } => {
+                let last = stretch.at.get() + pages_to_bytes(pages) - 1;
+                tracing::error!(%task, "poisoned {pages} pages at {:#x}-{last:#x}", stretch.at.get());
+                poisoned += pages;
+                pages
+            }
+            // It arrived and was not acknowledged, or is mapped by nobody any more.
+            Install::Present | Install::Unregistered => 1,
+            Install::Deferred => return Ok((poisoned, false)),
+            Install::TaskGone => return Ok((poisoned, true)),
+        };
+        family.settled_otherwise(of.space, stretch.first, pages.max(1));
+        from = stretch.first + pages.max(1);
+    }
+    Ok((poisoned, true))
+}

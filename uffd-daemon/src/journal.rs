@@ -1,0 +1,307 @@
+//! What a daemon that takes over a move has to know of its address spaces, in memory that outlives the daemon.
+//!
+//! ```text
+//!   word 0   magic                     then    a bit per lazy page: acknowledged, perhaps freed at the source
+//!        1   lazy pages                then    changes of address spaces, five words each
+//!        2   changes recorded
+//!        3   changes that found no room
+//!        4   1: the tasks run
+//!        5   family whose events are being read, and one more; 0: none
+//! ```
+//!
+//! Writing is a few stores into a mapping, without a system call. A page that is installed and not yet acknowledged is
+//! not recorded: the source has it, and the kernel says that it is there when it comes again. A page that a task
+//! dropped, moved or shares with a child must be known, or old content would be put where it does not belong.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kernel::arena::{Region, WORDS_PER_PAGE};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use protocol::bitmap::Bitmap;
+use protocol::units::TaskAddr;
+
+use crate::limits;
+use crate::pages::SpaceId;
+
+const MAGIC: u64 = 0x6a6f_7572_6e61_6c31;
+const PAGES: usize = 1;
+const RECORDED: usize = 2;
+const REFUSED: usize = 3;
+const RUNNING: usize = 4;
+const READING: usize = 5;
+const HEADER_WORDS: usize = 8;
+const CHANGE_WORDS: usize = 5;
+
+/// A change of an address space, in the order of the kernel's events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Position of the family.
+    pub family: usize,
+    /// Which of its spaces.
+    pub space: SpaceId,
+    /// What happened.
+    pub what: What,
+}
+
+/// What happened to an address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// The content of a range was dropped.
+    Removed {
+        /// First address.
+        start: TaskAddr,
+        /// First address behind.
+        end: TaskAddr,
+    },
+    /// A range was unmapped.
+    Unmapped {
+        /// First address.
+        start: TaskAddr,
+        /// First address behind.
+        end: TaskAddr,
+    },
+    /// A range was moved.
+    Remapped {
+        /// From where.
+        from: TaskAddr,
+        /// Where to.
+        to: TaskAddr,
+        /// Number of pages.
+        pages: u64,
+    },
+    /// It was copied into this space of the same family.
+    Forked {
+        /// The child's.
+        child: SpaceId,
+    },
+}
+
+/// The journal of one move.
+pub struct Journal {
+    region: Region,
+    pages: u64,
+    changes_at: usize,
+    room: usize,
+}
+
+impl std::fmt::Debug for Journal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Journal").field("pages", &self.pages).field("room", &self.room).finish()
+    }
+}
+
+impl Journal {
+    /// A new journal for `pages` lazy pages, and the file that it is in.
+    ///
+    /// # Errors
+    /// The errno of making the file.
+    pub fn create(pages: u64) -> io::Result<(Self, File)> {
+        let file = File::from(memfd_create(c"postcopy-journal", MFdFlags::MFD_CLOEXEC)?);
+        // Room that is never written takes no memory.
+        file.set_len((region_pages(pages) * WORDS_PER_PAGE * size_of::<u64>()) as u64)?;
+        let this = Self::map(&file, pages)?;
+        this.word(PAGES).store(pages, Ordering::Relaxed);
+        this.word(0).store(MAGIC, Ordering::Release);
+        Ok((this, file))
+    }
+
+    /// The journal that another process has written.
+    ///
+    /// # Errors
+    /// `InvalidData` if it is none for `pages` lazy pages; the errno of mapping it.
+    pub fn open(file: &File, pages: u64) -> io::Result<Self> {
+        let this = Self::map(file, pages)?;
+        let head = [0, PAGES].map(|word| this.word(word).load(Ordering::Acquire));
+        if head == [MAGIC, pages] { Ok(this) } else { Err(io::ErrorKind::InvalidData.into()) }
+    }
+
+    fn map(file: &File, pages: u64) -> io::Result<Self> {
+        let region = Region::shared_file(file, region_pages(pages))?;
+        Ok(Self {
+            region,
+            pages,
+            changes_at: HEADER_WORDS + bitmap_words(pages),
+            room: limits::JOURNAL_CHANGES,
+        })
+    }
+
+    fn word(&self, at: usize) -> &AtomicU64 {
+        &self.region.page(at / WORDS_PER_PAGE)[at % WORDS_PER_PAGE]
+    }
+
+    /// The tasks run: from here on somebody else can take over.
+    pub fn set_running(&self) {
+        self.word(RUNNING).store(1, Ordering::Release);
+    }
+
+    /// Whether the tasks run.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.word(RUNNING).load(Ordering::Acquire) == 1
+    }
+
+    /// Events of a family are about to be read: until [`Journal::has_read`] some may be known to nobody else.
+    pub fn reads(&self, family: usize) {
+        self.word(READING).store(family as u64 + 1, Ordering::Release);
+    }
+
+    /// Everything that was read is recorded.
+    pub fn has_read(&self) {
+        self.word(READING).store(0, Ordering::Release);
+    }
+
+    /// The family whose events were read by a process that ended before it recorded them.
+    #[must_use]
+    pub fn half_read(&self) -> Option<usize> {
+        usize::try_from(self.word(READING).load(Ordering::Acquire)).ok()?.checked_sub(1)
+    }
+
+    /// Records a change.
+    pub fn record(&self, change: Change) {
+        let count = self.word(RECORDED).load(Ordering::Relaxed);
+        let at = usize::try_from(count).unwrap_or(usize::MAX);
+        if at >= self.room {
+            self.word(REFUSED).fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        for (i, value) in encode(change).into_iter().enumerate() {
+            self.word(self.changes_at + at * CHANGE_WORDS + i).store(value, Ordering::Relaxed);
+        }
+        self.word(RECORDED).store(count + 1, Ordering::Release);
+    }
+
+    /// Every change in order; `None` if some found no room.
+    #[must_use]
+    pub fn changes(&self) -> Option<Vec<Change>> {
+        if self.word(REFUSED).load(Ordering::Relaxed) > 0 {
+            return None;
+        }
+        let count = usize::try_from(self.word(RECORDED).load(Ordering::Acquire)).ok()?.min(self.room);
+        (0..count)
+            .map(|i| {
+                let word = |j| self.word(self.changes_at + i * CHANGE_WORDS + j).load(Ordering::Relaxed);
+                decode(std::array::from_fn(word))
+            })
+            .collect()
+    }
+
+    /// These pages, by index in the whole tree, are about to be acknowledged.
+    pub fn acknowledges(&self, first: u64, pages: u64) {
+        let end = (first + pages).min(self.pages);
+        let mut at = first;
+        while at < end {
+            let (word, shift) = (at / 64, at % 64);
+            let bits = (64 - shift).min(end - at);
+            let mask = (u64::MAX >> (64 - bits)) << shift;
+            self.bits(word).fetch_or(mask, Ordering::Release);
+            at += bits;
+        }
+    }
+
+    fn bits(&self, word: u64) -> &AtomicU64 {
+        self.word(HEADER_WORDS + usize::try_from(word).unwrap_or(usize::MAX - HEADER_WORDS))
+    }
+
+    /// What was acknowledged.
+    #[must_use]
+    pub fn acknowledged(&self) -> Bitmap {
+        let mut map = Bitmap::clear(self.pages);
+        for word in 0..self.pages.div_ceil(64) {
+            let mut bits = self.bits(word).load(Ordering::Acquire);
+            while bits != 0 {
+                let first = u64::from(bits.trailing_zeros());
+                let run = u64::from((bits >> first).trailing_ones());
+                map.set_range(word * 64 + first, word * 64 + first + run);
+                bits &= u64::MAX.checked_shl(u32::try_from(first + run).unwrap_or(64)).unwrap_or(0);
+            }
+        }
+        map
+    }
+}
+
+#[allow(clippy::cast_possible_truncation)] // bounded by the bitmaps that a tree needs as well
+const fn bitmap_words(pages: u64) -> usize {
+    pages.div_ceil(64) as usize
+}
+
+const fn region_pages(pages: u64) -> usize {
+    (HEADER_WORDS + bitmap_words(pages) + limits::JOURNAL_CHANGES * CHANGE_WORDS).div_ceil(WORDS_PER_PAGE)
+}
+
+fn encode(Change { family, space, what }: Change) -> [u64; CHANGE_WORDS] {
+    let (kind, a, b, c) = match what {
+        What::Removed { start, end } => (1, start.get(), end.get(), 0),
+        What::Unmapped { start, end } => (2, start.get(), end.get(), 0),
+        What::Remapped { from, to, pages } => (3, from.get(), to.get(), pages),
+        What::Forked { child } => (4, child.number(), 0, 0),
+    };
+    [kind << 32 | family as u64, space.number(), a, b, c]
+}
+
+fn decode([head, space, a, b, c]: [u64; CHANGE_WORDS]) -> Option<Change> {
+    let address = TaskAddr::containing;
+    let what = match head >> 32 {
+        1 => What::Removed { start: address(a), end: address(b) },
+        2 => What::Unmapped { start: address(a), end: address(b) },
+        3 => What::Remapped { from: address(a), to: address(b), pages: c },
+        4 => What::Forked { child: SpaceId::numbered(a)? },
+        _ => return None,
+    };
+    let family = usize::try_from(head & u64::from(u32::MAX)).ok()?;
+    Some(Change { family, space: SpaceId::numbered(space)?, what })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(number: u64) -> Change {
+        let (space, at) =
+            (SpaceId::numbered(number % 3).unwrap(), |page: u64| TaskAddr::containing(page << 12));
+        let what = match number % 4 {
+            0 => What::Removed { start: at(number), end: at(number + 1) },
+            1 => What::Unmapped { start: at(number), end: at(number + 2) },
+            2 => What::Remapped { from: at(number), to: at(number * 2), pages: number },
+            _ => What::Forked { child: SpaceId::numbered(number).unwrap() },
+        };
+        Change { family: usize::try_from(number).unwrap(), space, what }
+    }
+
+    #[test]
+    fn what_was_recorded_is_found_by_another() {
+        let (journal, file) = Journal::create(200).unwrap();
+        assert!(!journal.is_running() && journal.half_read().is_none());
+        journal.set_running();
+        (0..100).for_each(|number| journal.record(change(number)));
+        for (first, pages) in [(0, 1), (60, 10), (130, 64), (199, 5)] {
+            journal.acknowledges(first, pages);
+        }
+        journal.reads(0);
+        let other = Journal::open(&file, 200).unwrap();
+        assert!(other.is_running());
+        assert_eq!(other.half_read(), Some(0));
+        journal.has_read();
+        assert_eq!(other.half_read(), None);
+        assert_eq!(other.changes().unwrap(), (0..100).map(change).collect::<Vec<_>>());
+        let mut acknowledged = Bitmap::clear(200);
+        for (first, end) in [(0, 1), (60, 70), (130, 194), (199, 200)] {
+            acknowledged.set_range(first, end);
+        }
+        assert_eq!(other.acknowledged(), acknowledged);
+        assert!(Journal::open(&file, 201).is_err());
+    }
+
+    #[test]
+    fn changes_without_room_are_noticed() {
+        let (journal, _) = Journal::create(1).unwrap();
+        let full = Change { family: 0, ..change(0) };
+        for _ in 0..limits::JOURNAL_CHANGES {
+            journal.record(full);
+        }
+        assert_eq!(journal.changes().map(|changes| changes.len()), Some(limits::JOURNAL_CHANGES));
+        journal.record(full);
+        assert_eq!(journal.changes(), None);
+    }
+}

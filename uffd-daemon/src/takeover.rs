@@ -1,0 +1,299 @@
+//! Moves whose daemon has ended: what is known of them, and how they are put together again.
+//!
+//! The keeper has every userfaultfd, the journal of what the tasks did to their address spaces, and a description of the
+//! move. Nothing in it says what was installed and not acknowledged: the source has those pages, and sends them again.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use kernel::uffd::Uffd;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use protocol::lazy_map::LazyMap;
+use protocol::units::{ImageAddr, PageRun, TaskId};
+use protocol::wire::hello::{SessionId, SessionSecret};
+use serde::{Deserialize, Serialize};
+
+use crate::journal::{Change, Journal, What};
+use crate::keeper::{Info, KeeperHandle, Owner, Stranger};
+use crate::limits;
+use crate::pages::SpaceId;
+use crate::state::StateDir;
+use crate::tree::Tree;
+
+/// What whoever takes over has to know of a move and cannot find out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Description {
+    /// The session's id.
+    pub session: [u8; 16],
+    /// Its secret: the file that this is in belongs to keeper and daemon alone.
+    secret: [u8; 16],
+    /// Where the daemon listened: there the source dials.
+    pub listen: String,
+    /// The options of its link, as the command line had them.
+    pub link: Vec<String>,
+    /// The /proc in which the tasks have the pids of their images.
+    pub proc_dir: PathBuf,
+    /// The daemon's directory for this move.
+    pub work_dir: PathBuf,
+    /// The lazy runs of each task: its pid, and start and pages of each.
+    tasks: Vec<(u32, Vec<(u64, u64)>)>,
+}
+
+impl Description {
+    /// Of a move.
+    #[must_use]
+    pub fn new(
+        (session, secret): (SessionId, SessionSecret),
+        (listen, link): (String, Vec<String>),
+        (proc_dir, work_dir): (PathBuf, PathBuf),
+        map: &LazyMap,
+    ) -> Self {
+        let runs = |task: &protocol::lazy_map::TaskMap| {
+            task.runs.iter().map(|indexed| (indexed.run.start.get(), indexed.run.pages)).collect()
+        };
+        let tasks = map.tasks().iter().map(|task| (task.id.0, runs(task))).collect();
+        Self { session: session.0, secret: secret.0, listen, link, proc_dir, work_dir, tasks }
+    }
+
+    /// Puts it into a file without a name.
+    ///
+    /// # Errors
+    /// The errno of making and writing it.
+    pub fn write(&self) -> io::Result<File> {
+        let mut file = File::from(memfd_create(c"postcopy-session", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all(&serde_json::to_vec(self)?)?;
+        Ok(file)
+    }
+
+    fn read(file: &mut File) -> io::Result<Self> {
+        file.seek(SeekFrom::Start(0))?;
+        let mut bytes = Vec::new();
+        file.take(limits::DESCRIPTION_MAX).read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+
+    /// Id and secret.
+    #[must_use]
+    pub const fn session(&self) -> (SessionId, SessionSecret) {
+        (SessionId(self.session), SessionSecret(self.secret))
+    }
+
+    /// The lazy pages.
+    ///
+    /// # Errors
+    /// `InvalidData` if they make no map.
+    pub fn map(&self) -> io::Result<LazyMap> {
+        let runs = |runs: &[(u64, u64)]| {
+            runs.iter().filter_map(|(at, pages)| PageRun::new(ImageAddr::containing(*at), *pages)).collect()
+        };
+        let map = LazyMap::new(self.tasks.iter().map(|(task, list)| (TaskId(*task), runs(list))));
+        map.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    }
+}
+
+/// A move that a keeper knows of.
+#[derive(Debug)]
+pub struct Found {
+    path: PathBuf,
+    /// What the keeper says about itself.
+    pub info: Info,
+    /// The move.
+    pub description: Description,
+}
+
+/// Why a move cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeoverError {
+    /// The keeper cannot be asked.
+    #[error("cannot talk to the keeper at {path}: {source}", path = .path.display())]
+    Keeper {
+        /// Where it listens.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A daemon serves it.
+    #[error("a daemon serves this move: end it first")]
+    Attended,
+    /// The daemon ended before the tasks ran: CRIU kills what it restored.
+    #[error("its tasks never ran here: the source rolls back")]
+    NeverRan,
+    /// The tasks changed their address spaces too often.
+    #[error(
+        "its tasks changed their mappings more often than is recorded: what belongs where is not known any more; `uffd-daemon abandon` ends \
+         the wait"
+    )]
+    Forgotten,
+}
+
+/// Every move that a keeper knows of. Sockets of keepers that have ended are removed.
+///
+/// # Errors
+/// The errno of reading the directory.
+pub fn find(dir: &StateDir) -> io::Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for path in dir.sockets()? {
+        match ask(&path) {
+            Ok((info, description)) => found.push(Found { path, info, description }),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                let _ = std::fs::remove_file(&path);
+            }
+            Err(error) => tracing::warn!("the keeper at {} does not answer: {error}", path.display()),
+        }
+    }
+    Ok(found)
+}
+
+fn ask(path: &Path) -> io::Result<(Info, Description)> {
+    let mut info = Stranger::find(path)?.info()?;
+    let description = Description::read(&mut info.description)?;
+    Ok((info, description))
+}
+
+impl Found {
+    /// Pages that were not acknowledged, and how many there are.
+    ///
+    /// # Errors
+    /// The errno of reading the journal.
+    pub fn missing(&self) -> io::Result<(u64, u64)> {
+        let pages = self.description.map()?.pages();
+        let journal = Journal::open(&self.info.journal, pages)?;
+        Ok((pages - journal.acknowledged().count(), pages))
+    }
+
+    /// Since when nobody serves it; nothing if a daemon does.
+    #[must_use]
+    pub fn orphaned_since(&self) -> Option<SystemTime> {
+        (!self.info.attended).then_some(self.info.since)
+    }
+
+    /// Takes it over: this process is the keeper's daemon from here on.
+    ///
+    /// # Errors
+    /// [`TakeoverError`].
+    pub fn take(self) -> Result<Taken, TakeoverError> {
+        let Self { path, description, .. } = self;
+        let broken = |source| TakeoverError::Keeper { path: path.clone(), source };
+        let map = description.map().map_err(broken)?;
+        let journal = Journal::open(&self.info.journal, map.pages()).map_err(broken)?;
+        if !journal.is_running() {
+            return Err(TakeoverError::NeverRan);
+        }
+        let changes = journal.changes().ok_or(TakeoverError::Forgotten)?;
+        let taken = Stranger::find(&path).and_then(Stranger::take).map_err(broken)?;
+        let Some((_, held, keeper)) = taken else { return Err(TakeoverError::Attended) };
+        let spaces = held.into_iter().filter(|(owner, _)| *owner != Owner::NOBODY);
+        let spaces = spaces
+            .map(|(owner, uffd)| ((owner.family as usize, owner.space), Arc::new(Uffd::from(uffd))))
+            .collect();
+        let tree = Tree::new(&map);
+        let half_read = journal.half_read();
+        let served = rebuild(&tree, spaces, &changes, &journal);
+        if let Some(task) = half_read.and_then(|family| map.tasks().get(family)) {
+            tracing::error!(
+                task = %task.id,
+                "the daemon before this one was killed between reading an event of this task and recording it: memory that \
+                 it dropped, moved or shared with a child in that moment may be wrong"
+            );
+        }
+        tree.keep_journal(journal);
+        Ok(Taken { description, map, tree, served, keeper })
+    }
+}
+
+impl std::fmt::Display for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Description { listen, .. } = &self.description;
+        let (id, _) = self.description.session();
+        write!(f, "{id}: at {listen}, keeper {}, ", self.info.pid)?;
+        match self.missing() {
+            Ok((missing, pages)) => write!(f, "{missing} of {pages} pages not acknowledged, ")?,
+            Err(error) => write!(f, "journal not readable ({error}), ")?,
+        }
+        let Some(since) = self.orphaned_since() else { return write!(f, "served by a daemon") };
+        let seconds = since.elapsed().unwrap_or_default().as_secs();
+        write!(f, "paused for {seconds} s: its daemon has ended; `uffd-daemon takeover` goes on")
+    }
+}
+
+/// A space with its userfaultfd.
+#[derive(Clone, Debug)]
+pub struct ServedSpace {
+    /// Position of the family.
+    pub family: usize,
+    /// Which of its spaces.
+    pub space: SpaceId,
+    /// Its userfaultfd.
+    pub uffd: Arc<Uffd>,
+}
+
+/// A move that was taken over.
+#[derive(Debug)]
+pub struct Taken {
+    /// The move.
+    pub description: Description,
+    /// Its lazy pages.
+    pub map: LazyMap,
+    /// Its address spaces as they are.
+    pub tree: Arc<Tree>,
+    /// Their userfaultfds.
+    pub served: Vec<ServedSpace>,
+    /// Who goes on keeping them.
+    pub keeper: KeeperHandle,
+}
+
+impl Taken {
+    /// Has every thread that waits for a page report again: what the daemon before this one had read is forgotten.
+    pub fn wake_all(&self) {
+        for served in &self.served {
+            // The lowest address that anything is mapped at, and all that a task can have.
+            const LOWEST: u64 = 64 << 10;
+            const BEHIND: u64 = 0x7fff_ffff_f000;
+            if let Err(error) = served.uffd.wake(LOWEST, BEHIND - LOWEST) {
+                tracing::debug!("cannot wake: {error}");
+            }
+        }
+    }
+}
+
+/// Does again to the address spaces what the tasks did to them. The keeper has the userfaultfds of tasks that have
+/// ended as well; a space without one cannot be served.
+fn rebuild(
+    tree: &Tree,
+    mut uffds: HashMap<(usize, u64), Arc<Uffd>>,
+    changes: &[Change],
+    journal: &Journal,
+) -> Vec<ServedSpace> {
+    let mut served = Vec::new();
+    let mut serve = |family, space: Option<SpaceId>, uffd: Option<Arc<Uffd>>| {
+        served.extend(space.zip(uffd).map(|(space, uffd)| ServedSpace { family, space, uffd }));
+    };
+    for family in 0..tree.len() {
+        let uffd = uffds.remove(&(family, 0));
+        let space = tree.lock(family).restored_again(uffd.clone());
+        serve(family, space, uffd);
+    }
+    for Change { family, space, what } in changes.iter().copied().filter(|change| change.family < tree.len())
+    {
+        let mut spaces = tree.lock(family);
+        match what {
+            What::Removed { start, end } => spaces.removed(space, start, end),
+            What::Unmapped { start, end } => spaces.unmapped(space, start, end),
+            What::Remapped { from, to, pages } => spaces.remapped(space, from, to, pages),
+            What::Forked { child } => {
+                let uffd = uffds.remove(&(family, child.number()));
+                let child = spaces.forked_again(space, uffd.clone());
+                serve(family, child, uffd);
+            }
+        }
+    }
+    let acknowledged = journal.acknowledged();
+    for family in 0..tree.len() {
+        tree.lock(family).acknowledged_before(&acknowledged);
+    }
+    served
+}
