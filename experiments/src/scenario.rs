@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::cli::Common;
 use crate::results::Folder;
-use crate::sweep::{fault_latency, memory_size, push_interference, stores};
+use crate::sweep::{fault_latency, hybrid, memory_size, push_interference, stores};
 use crate::{floors, kv_move, links, stream, tracking, vs_criu, vs_qemu};
 
 /// How to run an experiment.
@@ -91,6 +91,12 @@ pub const ALL: &[Scenario] = &[
         about: "what grows with the memory: 64 MiB to 8 GiB, as far as this machine has room",
         run: memory_size::run,
         page: memory_size::page,
+    },
+    Scenario {
+        name: hybrid::NAME,
+        about: "copies ahead or not, and stop-and-copy, by how much is written between the last round and the freeze",
+        run: hybrid::run,
+        page: hybrid::page,
     },
     Scenario {
         name: vs_criu::NAME,

@@ -49,9 +49,36 @@ pub fn set_slice(slice_ns: u64) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Gives the calling thread another niceness: from 0 (its share) to 19 (what others leave).
+///
+/// # Errors
+/// The errno of `setpriority(2)`.
+pub fn set_niceness(nice: i32) -> io::Result<()> {
+    // SAFETY: no pointers; on Linux 0 is the calling thread, not its process.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_may_step_back_alone() {
+        let of = |tid: i32| {
+            let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap();
+            let (_, rest) = stat.rsplit_once(')').unwrap();
+            rest.split_whitespace().nth(16).unwrap().parse::<i32>().unwrap()
+        };
+        let before = of(nix::unistd::gettid().as_raw());
+        std::thread::spawn(move || {
+            set_niceness(before + 3).unwrap();
+            assert_eq!(of(nix::unistd::gettid().as_raw()), before + 3);
+        })
+        .join()
+        .unwrap();
+        assert_eq!(of(nix::unistd::gettid().as_raw()), before);
+    }
 
     #[test]
     fn a_thread_may_shorten_its_own_slice() {

@@ -12,8 +12,10 @@ use protocol::criu::page_server::HeaderLayout;
 use protocol::link::{Endpoint, LinkKind, Protection};
 
 use crate::lanes::Pace;
+use crate::limits;
 use crate::mover::{MoveConfig, Mover, StoreKind};
 use crate::page_server::{self, Pages};
+use crate::precopy::policy::Rounds;
 
 /// Exit status for wrong usage and failed preflight.
 const USAGE: u8 = 2;
@@ -34,7 +36,8 @@ enum Verb {
     /// Move a process tree to another host.
     ///
     /// The tree is frozen, resumes on the destination at once, and its memory follows: pages it touches
-    /// first, the rest in the background. Needs root, CRIU 4.1 or later, and `uffd-daemon serve` listening
+    /// first, the rest in the background. With --precopy-rounds memory goes ahead, and what is not written
+    /// meanwhile need not follow. Needs root, CRIU 4.1 or later, and `uffd-daemon serve` listening
     /// at the other end. Options behind `--` go to `criu dump`; --tcp-established, --shell-job,
     /// --ext-unix-sk and --file-locks reach the restore as well.
     ///
@@ -88,9 +91,12 @@ struct MoveArguments {
     to: String,
     #[command(flatten)]
     link: LinkOptions,
-    /// Rounds of copying before the freeze; 0 is pure post-copy, the only one in this release
-    #[arg(long, default_value = "0", value_name = "N")]
-    precopy_rounds: String,
+    /// Copy memory ahead while the process runs, in so many rounds: 0 none, auto as many as are worth it
+    #[arg(long, default_value = "0", value_name = "N|auto|0")]
+    precopy_rounds: Rounds,
+    /// How fast it is copied ahead: bytes per second (K, M, G), or unlimited
+    #[arg(long, default_value = limits::PRECOPY_RATE, value_name = "RATE", value_parser = precopy_pace)]
+    precopy_rate: Pace,
     /// Where pages wait: pipes frees them as they arrive, frozen keeps the stopped tasks until the end
     #[arg(long, default_value = "pipes")]
     store: StoreArgument,
@@ -108,6 +114,14 @@ struct MoveArguments {
     /// Passed on to criu dump
     #[arg(last = true, value_name = "CRIU-DUMP-OPTIONS")]
     criu_options: Vec<OsString>,
+}
+
+/// As `--push-rate`, but what is never copied ahead is asked for by no rounds.
+fn precopy_pace(text: &str) -> Result<Pace, String> {
+    match text.parse() {
+        Ok(Pace::Off) => Err("--precopy-rounds 0 copies nothing".into()),
+        other => other,
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -169,9 +183,6 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
             "--runc is not in this release: use `runc checkpoint --lazy-pages` and `uffd-daemon lazy-pages`",
         );
     }
-    if arguments.precopy_rounds != "0" {
-        return usage("--precopy-rounds: this release has pure post-copy only, give 0");
-    }
     let Some(pid) = arguments.pid else { return usage("--pid is missing") };
     let to = match arguments.link.endpoint(&arguments.to) {
         Ok(to) => to,
@@ -185,6 +196,8 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
             StoreArgument::Frozen => StoreKind::Frozen,
         },
         pace: arguments.push_rate,
+        precopy_rounds: arguments.precopy_rounds,
+        precopy_pace: arguments.precopy_rate,
         hooks: arguments.hooks,
         criu: arguments.common.criu,
         work_dir: arguments.common.work_dir,

@@ -76,6 +76,19 @@ impl Ledger {
         self.sent.set_range(first, first + pages) > 0
     }
 
+    /// The destination has these pages already: they are neither pushed nor sent ahead of a fault.
+    ///
+    /// # Panics
+    /// If the map is over other pages.
+    pub fn has_already(&mut self, pages: &Bitmap) {
+        assert_eq!(pages.len(), self.sent.len());
+        let mut at = 0;
+        while let Some((first, behind)) = pages.run_in(at, pages.len()) {
+            self.sent.set_range(first, behind);
+            at = behind;
+        }
+    }
+
     /// Takes pages from `first` on that nobody has sent yet, at most `most`: how many; they count as sent from now on.
     pub fn take_unsent_from(&mut self, first: u64, most: u64) -> u64 {
         let end = (first + most).min(self.sent.len());
@@ -176,6 +189,25 @@ mod tests {
         assert_eq!(ledger.take_unsent_from(2, 8), 3);
         assert_eq!(ledger.take_unsent_from(2, 8), 0);
         assert_eq!(ledger.take_unsent_from(6, 256), 6);
+    }
+
+    #[test]
+    fn what_the_destination_has_is_not_sent_but_acknowledged() {
+        let map = map();
+        let mut ledger = Ledger::new(map.pages(), 8);
+        let mut clean = Bitmap::clear(12);
+        clean.set_range(0, 5);
+        clean.set_range(7, 11);
+        ledger.has_already(&clean);
+        let mut runs = Vec::new();
+        ledger.take_unsent(&map, 0, 64, &mut runs);
+        assert_eq!(
+            runs.iter().map(|run| (run.first, run.what.run.pages)).collect::<Vec<_>>(),
+            [(5, 1), (6, 1)]
+        );
+        assert_eq!(ledger.take_unsent_from(8, 4), 0);
+        assert_eq!(ledger.missing(), 12);
+        assert_eq!(ledger.acknowledge(0, 8), [0]);
     }
 
     #[test]

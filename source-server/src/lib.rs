@@ -7,6 +7,7 @@
 //! - [`dump`], [`stacks`], [`fence`], [`netlock`]: CRIU's dump, what keeps it lazy, and what keeps the tasks still or lets them run again
 //! - [`store`]: where pages wait
 //! - [`track`]: which pages are written while the tree still runs
+//! - [`precopy`]: copies of them sent ahead, round by round
 //! - [`ledger`], [`lanes`]: what was sent and acknowledged, and the threads that do it
 #![forbid(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod limits;
 pub mod mover;
 pub mod netlock;
 pub mod page_server;
+pub mod precopy;
 pub mod preflight;
 pub mod process;
 pub mod stacks;

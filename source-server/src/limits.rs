@@ -59,3 +59,24 @@ pub const PUSH_WINDOW_MAX: usize = 16 << 20;
 pub const PUSH_WINDOW_ROUND_TRIP: Duration = Duration::from_millis(5);
 /// How far ahead of a fault the push goes on: about what a thread reads while a pushed page is on its way.
 pub const PUSH_LEAD_PAGES: u64 = 256;
+/// Most rounds of pre-copy that can be asked for: each costs the tree a first write to every page it writes again.
+pub const PRECOPY_ROUNDS_MAX: u32 = 100;
+/// Most rounds that `auto` makes: what does not get less in so many will not.
+pub const PRECOPY_AUTO_ROUNDS: u32 = 10;
+/// How long `auto` goes on copying what was written again.
+pub const PRECOPY_TIME_MAX: Duration = Duration::from_secs(600);
+/// What the link sends in this time is little: about what a freeze takes anyhow.
+pub const PRECOPY_LITTLE: Duration = Duration::from_millis(30);
+/// A round that leaves more than this part of what the one before left has brought nothing.
+pub const PRECOPY_PROGRESS: f64 = 0.9;
+/// Pages that are read and sent at a time: those of the largest frame.
+pub const PRECOPY_BATCH_PAGES: u64 = 256;
+/// How long the push lane may take nothing, and the destination may take to say that it has a round.
+pub const PRECOPY_SILENCE: Duration = Duration::from_secs(30);
+/// What the tree may grow by during pre-copy, in parts of its memory and in bytes; what it grows beyond is left to
+/// post-copy.
+pub const PRECOPY_GROWTH: (u64, u64) = (4, 16 << 20);
+/// Niceness of the thread that copies while the tree works.
+pub const PRECOPY_NICENESS: i32 = 10;
+/// Pace of pre-copy by default. See docs/measuring.md.
+pub const PRECOPY_RATE: &str = "256M";

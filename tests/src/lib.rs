@@ -13,6 +13,7 @@
 //! - [`peer`]: one side of the session protocol, played by the test
 //! - [`echo`]: a server with an established connection
 //! - [`stock`]: CRIU's own programs, as scripts use them; [`valve`]: a connection to a page server that stalls
+//! - [`receiver`]: the receiving end of pre-copy, played by the test
 //! - [`subject`]: a process that waits in a call or writes by order; [`shadow`]: what a destination would have
 //! - [`processes`]: who is there, without touching anybody's memory
 //! - [`fuzz`]: hostile input for every decoder, without processes
@@ -32,6 +33,7 @@ pub mod peer;
 pub mod processes;
 pub mod programs;
 pub mod proxy;
+pub mod receiver;
 pub mod shadow;
 pub mod site;
 pub mod stamps;

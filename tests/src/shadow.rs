@@ -1,13 +1,17 @@
-//! What a destination would have of a tree: copies of the pages that a tracker reports, checked against the tree itself.
+//! What a destination would have of a tree: copies of the pages that a tracker reports, checked against the tree itself,
+//! which is stopped for it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use kernel::pagemap::{Categories, PageMap, Protect, Query, Regions};
+use nix::sys::signal::Signal;
 use protocol::units::{ImageAddr, PAGE_SIZE, TaskId};
-use source_server::process::{ProcessTree, Task};
+use source_server::process::{ProcessTree, Task, thread_state};
 use source_server::track::{Pass, Round, Tracker, areas};
+
+use crate::{STEP, eventually, processes};
 
 /// Bytes copied at a time.
 const CHUNK: usize = 1 << 20;
@@ -117,4 +121,35 @@ pub fn pages_there(pid: u32) -> Vec<u64> {
         .expect("a scan");
     }
     pages
+}
+
+/// Stops a tree as a whole, with what it forks meanwhile.
+///
+/// # Panics
+/// If it does not stop.
+#[track_caller]
+#[must_use]
+pub fn stop(root: u32) -> ProcessTree {
+    eventually("the tree stopped", STEP, || {
+        let tree = ProcessTree::of(root).ok()?;
+        for task in tree.tasks.iter().filter(|task| !processes::has_ended(task.pid)) {
+            let _ = task.handle.signal(Signal::SIGSTOP as i32);
+        }
+        let stands = |pid: u32| {
+            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            let mut threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
+            threads.all(|tid: u32| matches!(thread_state(pid, tid), Err(_) | Ok('T' | 'Z' | 'X')))
+        };
+        let all = tree.tasks.iter().all(|task| stands(task.pid));
+        let pids = |tree: &ProcessTree| tree.tasks.iter().map(|task| task.pid).collect::<BTreeSet<_>>();
+        let again = ProcessTree::of(root).ok()?;
+        (all && pids(&tree) == pids(&again)).then_some(again)
+    })
+}
+
+/// Lets a stopped tree go on.
+pub fn go_on(tree: &ProcessTree) {
+    for task in &tree.tasks {
+        let _ = task.handle.signal(Signal::SIGCONT as i32);
+    }
 }

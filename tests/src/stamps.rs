@@ -8,7 +8,7 @@ use experiments::stamp::{Handle, Options};
 use experiments::workload::Files;
 
 use crate::accounts::Memory;
-use crate::moves::Plan;
+use crate::moves::{Ended, Plan};
 use crate::site::Site;
 use crate::{STEP, processes, programs};
 
@@ -34,14 +34,14 @@ const TRIES: usize = 5;
 /// # Panics
 /// If anything is not as it should be.
 #[track_caller]
-pub fn move_once(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) {
-    let lazy = (0..TRIES).any(|_| moves_lazily(site, plan, options, memory));
-    assert!(lazy, "hardly any page was lazy, {TRIES} times in a row");
+pub fn move_once(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) -> Ended {
+    let ended = (0..TRIES).find_map(|_| moves_lazily(site, plan, options, memory));
+    ended.unwrap_or_else(|| panic!("hardly any page was lazy, {TRIES} times in a row"))
 }
 
-/// Moves a workload and judges it; whether its memory was lazy.
+/// Moves a workload and judges it; how it ended, if its memory was lazy.
 #[track_caller]
-fn moves_lazily(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) -> bool {
+fn moves_lazily(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory) -> Option<Ended> {
     let mut stamp = Stamp::start(options);
     let ended = plan.run(site, stamp.pid());
     ended.assert_released(memory);
@@ -63,7 +63,7 @@ fn moves_lazily(site: &Site, plan: &Plan<'_>, options: &Options, memory: Memory)
     stamp.quit();
     site.assert_clean(&[]);
     println!("{}{}", ended.source.report(), ended.destination.report());
-    is_lazy
+    is_lazy.then_some(ended)
 }
 
 /// The defaults of the workload, its files in the test's directory.

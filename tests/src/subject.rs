@@ -366,6 +366,12 @@ impl Appearance {
         self.flags.iter().any(|flags| flags.split(' ').any(|flag| flag == "uw"))
     }
 
+    /// Whether it has a descriptor whose name has `words` in it.
+    #[must_use]
+    pub fn has_descriptor(&self, words: &str) -> bool {
+        self.descriptors.iter().any(|descriptor| descriptor.contains(words))
+    }
+
     /// Whether somebody traces it.
     #[must_use]
     pub fn is_traced(&self) -> bool {

@@ -8,11 +8,11 @@ use experiments::stamp::Options;
 use kernel::inject::userfaultfd_of;
 use nix::sys::signal::Signal;
 use protocol::units::PAGE_BYTES;
-use source_server::process::{ProcessTree, thread_state};
+use source_server::process::ProcessTree;
 use source_server::track::choice::choose;
 use source_server::track::content::Content;
 use source_server::track::{Method, Pass, Round, Stop, Tracker};
-use tests::shadow::{Shadow, pages_there};
+use tests::shadow::{Shadow, go_on, pages_there, stop};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
 use tests::subject::{Appearance, CALLS, Subject};
@@ -212,25 +212,6 @@ fn another_program_starts_again() {
     assert!(tracker.scan(&tree, Pass::Round).tasks.is_empty());
 }
 
-/// Stops a tree as a whole, with what it forks meanwhile.
-fn stop(root: u32) -> ProcessTree {
-    eventually("the tree stopped", STEP, || {
-        let tree = ProcessTree::of(root).ok()?;
-        for task in tree.tasks.iter().filter(|task| !processes::has_ended(task.pid)) {
-            let _ = task.handle.signal(Signal::SIGSTOP as i32);
-        }
-        let stands = |pid: u32| {
-            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-            let mut threads = threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok());
-            threads.all(|tid: u32| matches!(thread_state(pid, tid), Err(_) | Ok('T' | 'Z' | 'X')))
-        };
-        let all = tree.tasks.iter().all(|task| stands(task.pid));
-        let pids = |tree: &ProcessTree| tree.tasks.iter().map(|task| task.pid).collect::<BTreeSet<_>>();
-        let again = ProcessTree::of(root).ok()?;
-        (all && pids(&tree) == pids(&again)).then_some(again)
-    })
-}
-
 /// Rounds over a workload that writes, maps, unmaps, moves, drops and forks all the time.
 fn churn(site: &Site, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Stop> {
     let options = Options {
@@ -255,9 +236,7 @@ fn churn(site: &Site, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> 
     let (clean, last) = shadow.check(tracker, &frozen);
     println!("{}: rounds {pages:?}, last {} written, {clean} clean", tracker.method(), last.pages());
     assert!(clean > 0, "everything was written: nothing was compared");
-    for task in &frozen.tasks {
-        let _ = task.handle.signal(Signal::SIGCONT as i32);
-    }
+    go_on(&frozen);
     stamp.assert_unharmed();
     stamp.quit();
     stops

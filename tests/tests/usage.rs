@@ -80,9 +80,13 @@ fn what_the_source_is_not_told_rightly() {
     assert_refused(&with(&["--hook", "later=true"]), &["later", "pre-freeze"]);
     for rate in ["fast", "0", "-1", "1T"] {
         assert_refused(&with(&[&format!("--push-rate={rate}")]), &["push-rate", "unlimited, off"]);
+        assert_refused(&with(&[&format!("--precopy-rate={rate}")]), &["precopy-rate", "unlimited"]);
     }
     assert_refused(&with(&["--store", "attic"]), &["pipes", "frozen"]);
-    assert_refused(&with(&["--precopy-rounds", "3"]), &["--precopy-rounds", "give 0"]);
+    for rounds in ["many", "-1", "1.5", "101"] {
+        assert_refused(&with(&[&format!("--precopy-rounds={rounds}")]), &["precopy-rounds", "auto"]);
+    }
+    assert_refused(&with(&["--precopy-rate=off"]), &["--precopy-rounds 0"]);
     assert_refused(&with(&["--criu", "/nonexistent/criu"]), &["/nonexistent/criu", "scripts/setup"]);
     assert_refused(&with(&["--criu", "/bin/true"]), &["/bin/true", "4.1 or later"]);
     assert_refused(&with(&[]), &[NOWHERE, "uffd-daemon serve"]);

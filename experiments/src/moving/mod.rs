@@ -60,6 +60,8 @@ pub struct Config {
     pub interval_us: u64,
     /// When they are made.
     pub reads: Reads,
+    /// The part of its memory that it rewrites right before the freeze, if it does.
+    pub dirty_percent: Option<u8>,
     /// A task that wants all of a processor runs on each of them meanwhile.
     pub busy_cores: bool,
     /// Who moves it.
@@ -77,6 +79,7 @@ impl Config {
             threads: 1,
             interval_us: 0,
             reads: Reads::All,
+            dirty_percent: None,
             busy_cores: false,
             mover,
         }
@@ -159,6 +162,7 @@ fn start(programs: &Programs, config: &Config, dir: &Path) -> anyhow::Result<Han
     options.access = config.access;
     options.threads = config.threads;
     options.interval_us = config.interval_us;
+    options.dirty_percent = config.dirty_percent.unwrap_or(0);
     options.start_after_gap_ms = if config.reads == Reads::Afterwards { 0 } else { MOVED_GAP_MS };
     // It leads a session of its own from the start: Ctrl-C is not for it.
     let prefix = [config.mover.prefix(), &["setsid".into()]].concat();
@@ -171,7 +175,8 @@ fn run(
     workload: &mut Handle,
     dir: &Path,
 ) -> anyhow::Result<(Moved, Summary)> {
-    let moved = config.mover.run(programs, workload.pid(), config.mib, dir)?;
+    let before_freeze = config.dirty_percent.map(|_| workload.dirty_command());
+    let moved = config.mover.run(programs, workload.pid(), config.mib, before_freeze.as_deref(), dir)?;
     let summary = match config.reads {
         _ if moved.cut => workload.quit(PATIENCE)?,
         // Reads every page, so that the data is checked.

@@ -114,6 +114,8 @@ pub enum Mover {
     Criu,
     /// `criu dump`, and a lazy restore from the images with `uffd-daemon lazy-pages`.
     Images,
+    /// `criu dump` and `criu restore` of everything, through a memory file system.
+    StopAndCopy,
 }
 
 impl fmt::Display for Mover {
@@ -122,6 +124,7 @@ impl fmt::Display for Mover {
             Self::Ours(_) => "ours",
             Self::Criu => "criu",
             Self::Images => "images",
+            Self::StopAndCopy => "stop-and-copy",
         })
     }
 }
@@ -144,16 +147,29 @@ impl Mover {
     pub(super) fn prefix(&self) -> &[OsString] {
         match self {
             Self::Ours(ours) => &ours.route.source,
-            Self::Criu | Self::Images => &[],
+            Self::Criu | Self::Images | Self::StopAndCopy => &[],
         }
     }
 
-    /// Moves the process `pid`, which has `mib` MiB; files go to `dir`.
-    pub(super) fn run(&self, programs: &Programs, pid: u32, mib: usize, dir: &Path) -> anyhow::Result<Moved> {
+    /// Moves the process `pid`, which has `mib` MiB; files go to `dir`. A command may have to run right before the freeze.
+    pub(super) fn run(
+        &self,
+        programs: &Programs,
+        pid: u32,
+        mib: usize,
+        before_freeze: Option<&str>,
+        dir: &Path,
+    ) -> anyhow::Result<Moved> {
+        if let Self::Ours(ours) = self {
+            return ours.run(programs, pid, mib, before_freeze, dir);
+        }
+        if let Some(words) = before_freeze {
+            ensure!(Command::new("sh").args(["-c", words]).status()?.success(), "{words} failed");
+        }
         match self {
-            Self::Ours(ours) => ours.run(programs, pid, mib, dir),
             Self::Criu => criu(programs, pid, mib, dir),
-            Self::Images => images(programs, pid, dir),
+            Self::StopAndCopy => stop_and_copy(programs, pid, dir),
+            _ => images(programs, pid, dir),
         }
     }
 }
@@ -175,7 +191,14 @@ fn command(prefix: &[OsString], program: &Path) -> Command {
 }
 
 impl Ours {
-    fn run(&self, programs: &Programs, pid: u32, mib: usize, dir: &Path) -> anyhow::Result<Moved> {
+    fn run(
+        &self,
+        programs: &Programs,
+        pid: u32,
+        mib: usize,
+        before_freeze: Option<&str>,
+        dir: &Path,
+    ) -> anyhow::Result<Moved> {
         let (source_json, destination_json) = (dir.join("source.json"), dir.join("destination.json"));
         let listen = if self.link == "unix" {
             dir.join("link").display().to_string()
@@ -203,6 +226,9 @@ impl Ours {
         start.args(["move", "--pid", &pid.to_string(), "--insecure", "--link", &self.link, "--to", &address]);
         start.args(["--store", &self.store, "--push-rate", &self.push_rate]);
         start.arg("--criu").arg(&programs.criu).arg("--json").arg(&source_json);
+        if let Some(command) = before_freeze {
+            start.arg("--hook").arg(format!("pre-freeze={command}"));
+        }
         start.args(&self.source_arguments);
         let mut source = Tool::start("source-server", start, dir.join("source-server.log"))?;
         let (source, destination) = wait_both(&mut source, &mut destination, PATIENCE)?;
@@ -239,7 +265,7 @@ fn criu(programs: &Programs, pid: u32, mib: usize, dir: &Path) -> anyhow::Result
     lazy.args(["--page-server", "--address", "127.0.0.1", "--port", &port]);
     let mut destination = Tool::start("criu lazy-pages", lazy, dir.join("criu-lazy-pages.log"))?;
     destination.wait_until(PATIENCE, |_| images.join("lazy-pages.socket").exists())?;
-    let namespace = restore(programs, &images, dir)?;
+    let namespace = restore(programs, &images, &["--lazy-pages"], dir)?;
     let used = wait_both_until(&mut source, &mut destination, CUT_AFTER)?;
     ensure_lazy(((mib as u64) << 20).saturating_sub(bytes_in_images(&images)?), mib)?;
     let cut = used.iter().any(Option::is_none);
@@ -263,18 +289,32 @@ fn images(programs: &Programs, pid: u32, dir: &Path) -> anyhow::Result<Moved> {
     lazy.arg("lazy-pages").arg("-D").arg(&images);
     let mut destination = Tool::start("uffd-daemon lazy-pages", lazy, dir.join("uffd-daemon.log"))?;
     destination.wait_until(PATIENCE, |_| images.join("lazy-pages.socket").exists())?;
-    let namespace = restore(programs, &images, dir)?;
+    let namespace = restore(programs, &images, &["--lazy-pages"], dir)?;
     let destination = destination.wait_used(PATIENCE)?;
     Ok(Moved { source, destination, reports: None, cut: false, _kept: vec![namespace] })
 }
 
-/// A lazy restore into a PID namespace of its own, which lives as long as the tool that is returned.
-fn restore(programs: &Programs, images: &Path, dir: &Path) -> anyhow::Result<Tool> {
+fn stop_and_copy(programs: &Programs, pid: u32, dir: &Path) -> anyhow::Result<Moved> {
+    let images = dir.join("images");
+    fs::create_dir(&images)?;
+    let mut dump = command(&[], &programs.criu);
+    dump.args(["dump", "-t", &pid.to_string(), "-D"]).arg(&images).args(["-o", "dump.log", "-v0"]);
+    let source = Tool::start("criu dump", dump, dir.join("criu-dump.log"))?.wait_used(PATIENCE)?;
+    // The command behind the options runs once the tasks do.
+    let restored = dir.join("restored");
+    let mut namespace = restore(programs, &images, &[], dir)?;
+    namespace.wait_until(PATIENCE, |_| restored.exists())?;
+    let destination = namespace.used_so_far();
+    Ok(Moved { source, destination, reports: None, cut: false, _kept: vec![namespace] })
+}
+
+/// A restore into a PID namespace of its own, which lives as long as the tool that is returned.
+fn restore(programs: &Programs, images: &Path, options: &[&str], dir: &Path) -> anyhow::Result<Tool> {
     let mut restore = command(&[], Path::new("unshare"));
     restore.args(["--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]);
-    restore.arg("\"$@\" || exit; while sleep 1; do :; done").arg("sh");
+    restore.arg("\"$@\" || exit; echo > \"$0\"; while sleep 1; do :; done").arg(dir.join("restored"));
     restore.arg(&programs.criu).args(["restore", "-D"]).arg(images);
-    restore.args(["-o", "restore.log", "-v0", "--lazy-pages", "-d"]);
+    restore.args(["-o", "restore.log", "-v0", "-d"]).args(options);
     Tool::start("criu restore", restore, dir.join("criu-restore.log"))
 }
 

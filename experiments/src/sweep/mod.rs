@@ -4,8 +4,10 @@
 //! - [`push_interference`]: the push from off to unlimited
 //! - [`stores`]: where the pages wait
 //! - [`memory_size`]: from small to large
+//! - [`hybrid`]: with and without copies ahead, by how much is written behind them
 
 pub mod fault_latency;
+pub mod hybrid;
 pub mod memory_size;
 pub mod push_interference;
 pub mod stores;
@@ -61,6 +63,9 @@ pub fn run(
         let measured = measure(&programs, &case.config)?;
         let mut row = Row::new(case.columns.clone(), run);
         measured.add_to(&mut row);
+        if scenario == hybrid::NAME {
+            hybrid::add_to(&measured, &mut row);
+        }
         measured.record(&row, results)?;
         Ok(format!("{case}, run {run}: {}", measured.in_words()))
     })?;
@@ -93,6 +98,7 @@ mod tests {
             all_differ(&push_interference::cases(&options));
             all_differ(&stores::cases(&options));
             all_differ(&memory_size::cases(&options, usize::MAX).0);
+            all_differ(&hybrid::cases(&options));
         }
     }
 }

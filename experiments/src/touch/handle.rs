@@ -7,13 +7,14 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::{Options, Samples};
-use crate::workload::{Order, Process, field};
+use crate::workload::{Files, Order, Process, field};
 
 /// A running fault-latency workload.
 #[derive(Debug)]
 pub struct Handle {
     process: Process,
     samples_file: PathBuf,
+    files: Files,
 }
 
 /// What it says at its end.
@@ -45,6 +46,7 @@ impl Handle {
             ("--interval-us", options.interval_us.to_string()),
             ("--threads", options.threads.to_string()),
             ("--start-after-gap-ms", options.start_after_gap_ms.to_string()),
+            ("--dirty-percent", options.dirty_percent.to_string()),
             ("--seconds", options.seconds.to_string()),
         ] {
             program.arg(name).arg(value);
@@ -53,7 +55,20 @@ impl Handle {
         program.arg("--status").arg(&files.status).arg("--control").arg(&files.control);
         let mut process = Process::start(program, &files)?;
         process.wait_line("READY", None, limit).context("starting touch")?;
-        Ok(Self { process, samples_file })
+        Ok(Self { process, samples_file, files })
+    }
+
+    /// A shell command that has it rewrite a part of its memory, and ends once that is done: for a hook that runs before any
+    /// other order is given.
+    #[must_use]
+    pub fn dirty_command(&mut self) -> String {
+        let command = self.process.next_command(Order::Dirty);
+        let (control, status) = (self.files.control.display(), self.files.status.display());
+        format!(
+            "echo {command} > {control}.hook && mv {control}.hook {control} && \
+             until grep -q '^DIRTIED {} ' {status}; do sleep 0.002; done",
+            command.number
+        )
     }
 
     /// The pid it was started with.

@@ -10,6 +10,7 @@
 //!
 //! ```text
 //! READY id=0 pid=.. pages=..
+//! DIRTIED 1 pages=..                       answer to `dirty 1`, before the start
 //! STARTED t_ms=..
 //! DONE 0 pages=.. wrong=.. gap_us=..       (or the number of the `quit`)
 //! ```
@@ -35,6 +36,7 @@ pub use pattern::Pattern;
 pub use samples::{Plan, Presence, Sample, Samples, State};
 
 use crate::clock::{monotonic_ms, monotonic_ns, wall_ns};
+use crate::random::Permutation;
 use crate::stamp::page::{self, FREE_WORD, Part, Place};
 use crate::workload::{self, ControlFile, Files, Order, Poll, StatusLog};
 use pattern::Walk;
@@ -106,6 +108,9 @@ pub struct Options {
     /// Start by itself after a gap of so many milliseconds, that is, when it was moved; 0: only when told `go 1`
     #[arg(long, default_value_t = 0)]
     pub start_after_gap_ms: u64,
+    /// Part of the pages that `dirty` rewrites
+    #[arg(long, default_value_t = 0)]
+    pub dirty_percent: u8,
     /// How long to live, not counting the time frozen
     #[arg(long, default_value_t = 600)]
     pub seconds: u64,
@@ -127,6 +132,7 @@ impl Options {
             threads: 1,
             samples_file,
             start_after_gap_ms: 0,
+            dirty_percent: 0,
             seconds: 600,
             files,
         }
@@ -208,7 +214,7 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     shared.recorder.set_state(State::Waiting);
     log.line(&format!("READY id=0 pid={} pages={pages}", id()));
     let mut control = ControlFile::new(files.control);
-    let asked = wait_start(&shared, options, &mut control);
+    let asked = wait_start(&shared, options, &mut control, &log);
     shared.recorder.touch();
     log.line(&format!("STARTED t_ms={}", monotonic_ms()));
     if asked.is_some() {
@@ -237,12 +243,16 @@ fn spawn(shared: &Arc<Shared>, body: impl FnOnce(&Shared) + Send + 'static) -> J
 }
 
 /// Waits for the start. A number is that of an order to quit before it; 0 if it was forgotten.
-fn wait_start(shared: &Shared, options: &Options, control: &mut ControlFile) -> Option<u64> {
+fn wait_start(shared: &Shared, options: &Options, control: &mut ControlFile, log: &StatusLog) -> Option<u64> {
     let gap_ns = options.start_after_gap_ms.saturating_mul(1_000_000);
     for _ in 0..options.seconds.saturating_mul(1000) {
         match control.poll() {
             Poll::Command(command) if command.order == Order::Go => return None,
             Poll::Command(command) if command.order == Order::Quit => return Some(command.number),
+            Poll::Command(command) if command.order == Order::Dirty => {
+                let pages = rewrite(shared, options.dirty_percent);
+                log.line(&format!("DIRTIED {} pages={pages}", command.number));
+            }
             Poll::Abandoned => return Some(0),
             Poll::Command(_) | Poll::Nothing => {}
         }
@@ -252,6 +262,18 @@ fn wait_start(shared: &Shared, options: &Options, control: &mut ControlFile) -> 
         std::thread::sleep(WAITING_TICK);
     }
     Some(0)
+}
+
+/// Writes to a part of the pages, which stay what they are; how many those are.
+fn rewrite(shared: &Shared, percent: u8) -> u64 {
+    // Another order than that of the accesses, or they would all go to these pages first.
+    let order = Permutation::new(shared.walk.pages(), 0x64_69_72_74);
+    let pages = shared.walk.pages() * u64::from(percent.min(100)) / 100;
+    for index in 0..pages {
+        let page = usize::try_from(order.at(index)).unwrap_or(usize::MAX);
+        shared.region.page(page)[FREE_WORD].fetch_or(0, SeqCst);
+    }
+    pages
 }
 
 /// Waits until every page was accessed or the order to quit came; its number, or 0.

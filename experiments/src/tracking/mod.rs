@@ -6,6 +6,7 @@
 //! first write   the first write to each page after it was protected, beside the next one
 //! stop          how long a busy process of so many threads stands still when it is armed
 //! rounds        operations of busy threads while a scan is made ten times a second, beside without
+//! copy ahead    the same while three rounds of pre-copy are made at a pace, to a receiver that throws everything away
 //! disarm        from the end of tracking to the process as it was
 //! ```
 
@@ -42,6 +43,10 @@ enum Probe {
     },
     Rounds {
         threads: usize,
+    },
+    Copy {
+        threads: usize,
+        rate: &'static str,
     },
     Disarm,
 }
@@ -87,6 +92,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
             Probe::FirstWrite => probes::first_write(mib)?,
             Probe::Stop { threads } => probes::stop(threads, tries)?,
             Probe::Rounds { threads } => probes::rounds(mib, threads, options.smoke)?,
+            Probe::Copy { threads, rate } => probes::copy(mib, threads, rate, options.smoke)?,
             Probe::Disarm => probes::disarm(mib)?,
         };
         let mut row = Row::new(vec![("what", case.what.to_owned()), ("how", case.how.clone())], run);
@@ -132,6 +138,11 @@ fn cases() -> Vec<Case> {
     for threads in [1, 4] {
         add("rounds", &format!("{threads} threads"), Probe::Rounds { threads });
     }
+    for threads in [1, 4] {
+        for rate in ["64M", "128M", "256M", "512M", "unlimited"] {
+            add("copy ahead", &format!("{threads} threads, {rate}"), Probe::Copy { threads, rate });
+        }
+    }
     cases
 }
 
@@ -146,6 +157,8 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
          a protected page costs more than the next. `stop` is how long a process whose threads write all the time \
          stands still when it is armed, once for each address space; `wait` is how long it takes before until it does, in \
          which it runs or waits for a processor. `kept_percent` is the throughput of writing \
-         threads while their memory is scanned ten times a second and nothing is copied.\n\n",
+         threads: in `rounds` while their memory is scanned ten times a second and nothing is copied, in `copy ahead` during \
+         three rounds of pre-copy at a pace, first writes, scans, reading and sending included; the receiver throws away \
+         what comes. `ms_per_gib` is the time of the first round there.\n\n",
     ) + &medians(&folder.table, &[]))
 }

@@ -1,23 +1,29 @@
 //! The probes, each on memory or a process of its own.
 
 use std::hint::black_box;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, Error, anyhow, ensure};
 use hdrhistogram::Histogram;
 use kernel::arena::Region;
 use kernel::inject::userfaultfd_of;
 use kernel::pagemap::{Categories, PageMap, Protect, Query, Regions};
 use kernel::write_protect::{Registration, WriteTracker};
+use protocol::link::Stream;
+use protocol::wire::frame::{HEADER_LEN, Header, Kind};
+use protocol::wire::precopy::Round;
+use source_server::precopy::most_pages;
+use source_server::precopy::rounds::{self, Plan, Shared};
 use source_server::process::ProcessTree;
 use source_server::track::choice::choose;
 use source_server::track::content::Content;
 use source_server::track::{Pass, Tracker};
 
 use super::Found;
-use crate::stamp::{Handle, Options};
+use crate::stamp::{Beat, Handle, Options};
 use crate::workload::Files;
 
 const PAGE: usize = 4096;
@@ -170,6 +176,57 @@ pub(super) fn rounds(mib: usize, threads: usize, smoke: bool) -> anyhow::Result<
     Ok(Found { kept_percent: Some(during / before * 100.0), ..Found::default() })
 }
 
+/// Operations of writing threads with and without rounds of pre-copy at a pace.
+pub(super) fn copy(mib: usize, threads: usize, rate: &str, smoke: bool) -> anyhow::Result<Found> {
+    let mut workload = Workload::start(mib, threads, 0)?;
+    let before = workload.operations_per_s(if smoke { 3 } else { 30 }, &mut |_| Ok(()))?;
+    let (tracker, refused) = choose();
+    ensure!(refused.is_empty(), "write protection cannot be used: {refused:?}");
+    let tree = ProcessTree::of(workload.handle.pid())?;
+    let plan = Plan {
+        root: workload.handle.pid(),
+        rounds: "3".parse().map_err(Error::msg)?,
+        pace: rate.parse().map_err(Error::msg)?,
+        most_pages: most_pages(tree.memory_bytes()),
+    };
+    let (ours, theirs) = UnixStream::pair()?;
+    let (ours, theirs) = (Stream::Unix(ours), Stream::Unix(theirs));
+    let first = workload.handle.wait_progress(1, PATIENCE)?;
+    let round = std::thread::scope(|scope| {
+        let receiver = scope.spawn(|| throw_away(&theirs));
+        let copied = rounds::run(&plan, tracker, &tree, &ours, &Shared::default());
+        ours.shutdown();
+        let round = receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;
+        copied.map(drop)?;
+        round
+    })?;
+    let last = workload.handle.wait_progress(1, PATIENCE)?;
+    let during = per_s(&first, &last);
+    let ms = ms_per_gib(round, mib * PAGES_PER_MIB);
+    Ok(Found { ms_per_gib: Some(ms), kept_percent: Some(during / before * 100.0), ..Found::default() })
+}
+
+/// Confirms rounds, and forgets everything else; the time to the end of the first.
+fn throw_away(lane: &Stream) -> anyhow::Result<Duration> {
+    let begun = Instant::now();
+    let (mut first, mut body) = (None, Vec::new());
+    loop {
+        let mut head = [0; HEADER_LEN];
+        lane.receive_all(&mut head)?;
+        let header = Header::decode(&head)?;
+        body.resize(header.body_len, 0);
+        lane.receive_all(&mut body)?;
+        if header.kind == Kind::Round {
+            let round = Round::decode(&body)?;
+            let took = *first.get_or_insert_with(|| begun.elapsed());
+            lane.send_all(&round.encode(), false)?;
+            if round.last {
+                return Ok(took);
+            }
+        }
+    }
+}
+
 /// A stamping workload and its files.
 struct Workload {
     handle: Handle,
@@ -197,6 +254,10 @@ impl Workload {
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
         }
         let last = self.handle.wait_progress(1, PATIENCE)?;
-        Ok((last.ops - first.ops) as f64 * 1e3 / last.t_ms.saturating_sub(first.t_ms).max(1) as f64)
+        Ok(per_s(&first, &last))
     }
+}
+
+fn per_s(first: &Beat, last: &Beat) -> f64 {
+    (last.ops - first.ops) as f64 * 1e3 / last.t_ms.saturating_sub(first.t_ms).max(1) as f64
 }

@@ -76,11 +76,17 @@ impl Process {
     /// # Errors
     /// If the file cannot be replaced.
     pub fn order(&mut self, order: Order) -> anyhow::Result<u64> {
-        self.last_number += 1;
+        let command = self.next_command(order);
         let next = self.control.with_extension("next");
-        fs::write(&next, format!("{}\n", Command { order, number: self.last_number }))?;
+        fs::write(&next, format!("{command}\n"))?;
         fs::rename(&next, &self.control).with_context(|| format!("replacing {:?}", self.control))?;
         Ok(self.last_number)
+    }
+
+    /// The next command, for somebody else to put into the control file before any other is.
+    pub const fn next_command(&mut self, order: Order) -> Command {
+        self.last_number += 1;
+        Command { order, number: self.last_number }
     }
 
     /// Waits for a line that `pick` accepts, among those not looked at yet, for at most `limit`.

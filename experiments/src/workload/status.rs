@@ -44,6 +44,8 @@ pub fn field<T: FromStr>(line: &str, key: &str) -> Option<T> {
 pub enum Order {
     /// Start doing what it waits with.
     Go,
+    /// Rewrite a part of the memory, report, and stand still again.
+    Dirty,
     /// Stop, verify everything, report, go on.
     Check,
     /// Verify everything, report, exit.
@@ -63,6 +65,7 @@ impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match self.order {
             Order::Go => "go",
+            Order::Dirty => "dirty",
             Order::Check => "check",
             Order::Quit => "quit",
         };
@@ -77,6 +80,7 @@ impl FromStr for Command {
         let (word, number) = text.trim().split_once(' ').ok_or(())?;
         let order = match word {
             "go" => Order::Go,
+            "dirty" => Order::Dirty,
             "check" => Order::Check,
             "quit" => Order::Quit,
             _ => return Err(()),

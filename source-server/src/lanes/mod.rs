@@ -7,12 +7,14 @@ mod window;
 
 pub use fault::serve_faults;
 pub use order::Order;
+pub(crate) use push::Throttle;
 pub use push::{Pace, acknowledgements, push};
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use protocol::bitmap::Bitmap;
 use protocol::lazy_map::LazyMap;
 
 use crate::ledger::{Ledger, NotLazy};
@@ -29,6 +31,8 @@ pub struct Lanes {
     pub ledger: Mutex<Ledger>,
     /// A fault is being served: the push lets it pass.
     pub fault_served: AtomicBool,
+    /// Chunks that are pushed first.
+    hot: Mutex<Vec<u64>>,
     /// The chunk of the last fault, and one more; zero once the push has taken note.
     wanted: AtomicU64,
     /// The processor that serves faults, and when it last did, in milliseconds since `began`.
@@ -53,6 +57,7 @@ impl Lanes {
             store,
             ledger,
             fault_served: AtomicBool::new(false),
+            hot: Mutex::default(),
             wanted: AtomicU64::new(0),
             served_on: AtomicUsize::new(usize::MAX),
             served_at: AtomicU64::new(0),
@@ -61,6 +66,28 @@ impl Lanes {
             fault_bytes: AtomicU64::new(0),
             push_bytes: AtomicU64::new(0),
         })
+    }
+
+    /// Pre-copy has brought the `clean` pages, and saw the `hot` ones written again and again: those are pushed first.
+    pub fn copied_ahead(&self, clean: &Bitmap, hot: &Bitmap) {
+        let mut ledger = self.ledger();
+        ledger.has_already(clean);
+        let stale_and_hot = |pages: std::ops::Range<u64>| {
+            let mut at = pages.start;
+            while let Some((first, behind)) = hot.run_in(at, pages.end) {
+                if clean.count_range(first, behind) < behind - first {
+                    return true;
+                }
+                at = behind;
+            }
+            false
+        };
+        let chunks = (0..ledger.chunks()).filter(|chunk| stale_and_hot(ledger.chunk(*chunk)));
+        *self.hot.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = chunks.collect();
+    }
+
+    fn take_hot(&self) -> Vec<u64> {
+        std::mem::take(&mut self.hot.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
     /// Has the push go on a little behind the page with this index: a thread that reads on will need those pages
@@ -128,7 +155,7 @@ pub enum LaneError {
 }
 
 impl LaneError {
-    fn io(lane: &'static str) -> impl Fn(std::io::Error) -> Self {
+    pub(crate) fn io(lane: &'static str) -> impl Fn(std::io::Error) -> Self {
         move |source| match source.kind() {
             std::io::ErrorKind::UnexpectedEof => Self::Closed(lane),
             _ => Self::Io { lane, source },

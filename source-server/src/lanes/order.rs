@@ -1,4 +1,4 @@
-//! In which order chunks are pushed: on from where the last fault was, each once.
+//! In which order chunks are pushed: on from where the last fault was, each once; before any fault, hot ones first.
 
 use protocol::bitmap::Bitmap;
 
@@ -8,16 +8,27 @@ pub struct Order {
     done: Bitmap,
     at: u64,
     left: u64,
+    /// By descending number.
+    hot: Vec<u64>,
 }
 
 impl Order {
     /// Nothing pushed yet of `chunks` chunks.
     #[must_use]
     pub fn new(chunks: u64) -> Self {
-        Self { done: Bitmap::clear(chunks), at: 0, left: chunks }
+        Self::hot_first(chunks, Vec::new())
     }
 
-    /// The next chunk: `wanted` if it is still to be pushed, else the one behind the last, around the end.
+    /// As [`Order::new`], with chunks that are likely to be needed soon.
+    #[must_use]
+    pub fn hot_first(chunks: u64, mut hot: Vec<u64>) -> Self {
+        hot.retain(|chunk| *chunk < chunks);
+        hot.reverse();
+        Self { done: Bitmap::clear(chunks), at: 0, left: chunks, hot }
+    }
+
+    /// The next chunk: `wanted` if it is still to be pushed, else the next hot one, else the one behind the last, around the
+    /// end.
     pub fn next(&mut self, wanted: Option<u64>) -> Option<u64> {
         if self.left == 0 {
             return None;
@@ -25,6 +36,8 @@ impl Order {
         let chunks = self.done.len();
         if let Some(wanted) = wanted.filter(|wanted| *wanted < chunks && !self.done.get(*wanted)) {
             self.at = wanted;
+        } else if let Some(hot) = self.next_hot() {
+            return Some(hot);
         }
         loop {
             let chunk = if self.at < chunks { self.at } else { 0 };
@@ -35,6 +48,16 @@ impl Order {
             }
             self.at = self.done.run_in(chunk, chunks).map_or(chunks, |(_, behind)| behind);
         }
+    }
+
+    fn next_hot(&mut self) -> Option<u64> {
+        while let Some(chunk) = self.hot.pop() {
+            if self.done.set(chunk) {
+                self.left -= 1;
+                return Some(chunk);
+            }
+        }
+        None
     }
 }
 
@@ -55,10 +78,26 @@ mod tests {
         assert_eq!(order.next(Some(2)), None);
     }
 
+    #[test]
+    fn hot_chunks_come_first_and_a_fault_before_them() {
+        let mut order = Order::hot_first(6, vec![1, 4, 5, 99]);
+        assert_eq!(order.next(None), Some(1));
+        assert_eq!(order.next(Some(2)), Some(2));
+        assert_eq!(order.next(Some(5)), Some(5));
+        assert_eq!(order.next(None), Some(4));
+        assert_eq!(order.next(None), Some(0), "on from the last fault, around the end");
+        assert_eq!(order.next(None), Some(3));
+        assert_eq!(order.next(None), None);
+    }
+
     proptest! {
         #[test]
-        fn every_chunk_comes_once(chunks in 0_u64..200, wanted in prop::collection::vec(prop::option::of(0_u64..220), 200)) {
-            let mut order = Order::new(chunks);
+        fn every_chunk_comes_once(
+            chunks in 0_u64..200,
+            hot in prop::collection::vec(0_u64..220, 0..50),
+            wanted in prop::collection::vec(prop::option::of(0_u64..220), 200),
+        ) {
+            let mut order = Order::hot_first(chunks, hot);
             let mut seen: Vec<u64> = wanted.into_iter().map_while(|wanted| order.next(wanted)).collect();
             prop_assert_eq!(order.next(None), None);
             seen.sort_unstable();

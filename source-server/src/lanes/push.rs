@@ -48,9 +48,7 @@ impl FromStr for Pace {
         };
         match digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)) {
             Some(rate) if rate > 0 => Ok(Self::BytesPerSecond(rate)),
-            _ => Err(format!(
-                "push rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off"
-            )),
+            _ => Err(format!("rate {text:?} is none of: bytes per second (with K, M or G), unlimited, off")),
         }
     }
 }
@@ -67,11 +65,11 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         tracing::debug!("no short time slice for the push: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
-    let mut order = Order::new(lanes.ledger().chunks());
+    let mut order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
     let mut window = Window::default();
     let mut runs = Vec::new();
     let mut id = 0;
-    let mut throttle = Throttle { pace, began: Instant::now(), sent: 0 };
+    let mut throttle = Throttle::new(pace);
     let allowed = Processors::allowed().ok();
     let mut avoided = None;
     while let Some(chunk) = order.next(lanes.take_wanted()) {
@@ -107,14 +105,27 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     Ok(())
 }
 
-struct Throttle {
+/// Holds a sender to its pace.
+#[derive(Debug)]
+pub(crate) struct Throttle {
     pace: Pace,
     began: Instant,
     sent: u64,
 }
 
 impl Throttle {
-    fn spent(&mut self, bytes: u64, stop: &std::sync::atomic::AtomicBool) {
+    /// Nothing sent yet.
+    pub(crate) fn new(pace: Pace) -> Self {
+        Self { pace, began: Instant::now(), sent: 0 }
+    }
+
+    /// Begins anew: what was not sent in time is not made up for.
+    pub(crate) fn restart(&mut self) {
+        *self = Self::new(self.pace);
+    }
+
+    /// Waits until this many more bytes are due, or `stop` is set.
+    pub(crate) fn spent(&mut self, bytes: u64, stop: &std::sync::atomic::AtomicBool) {
         const NAP: Duration = Duration::from_millis(50);
         let Pace::BytesPerSecond(rate) = self.pace else { return };
         self.sent += bytes;

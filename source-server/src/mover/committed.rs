@@ -163,15 +163,15 @@ impl<'a> Committed<'a> {
             tracing::warn!("{error}; the tasks are stopped all the same");
         }
         if self.frozen.pipes.is_some() {
-            kill(&self.frozen);
+            kill(&mut self.frozen);
         }
     }
 
     fn release(self, mover: &mut Mover) -> Result<(), MoveError> {
-        let Self { frozen, session, running, threads, .. } = self;
+        let Self { mut frozen, session, running, threads, .. } = self;
         frozen.lanes.stop.store(true, Ordering::Relaxed);
         if frozen.pipes.is_none() {
-            kill(&frozen);
+            kill(&mut frozen);
         }
         if let Err(error) = session.control.send(&Control::Released) {
             // The destination has every page; it only waits in vain for our farewell.
@@ -198,6 +198,8 @@ impl<'a> Committed<'a> {
         session.fault.shutdown();
         session.push.shutdown();
         frozen.end_dump();
+        // Whoever continues the tasks finds them as they were; and the holder would inherit the descriptors.
+        drop(frozen.copied.take());
         let mut text =
             format!("{reason}\nThe switchover was passed: the process belongs to the destination now.");
         let stopped: Vec<String> = frozen
@@ -225,8 +227,11 @@ impl<'a> Committed<'a> {
     }
 }
 
-fn kill(frozen: &Frozen<'_>) {
+fn kill(frozen: &mut Frozen<'_>) {
     let left = frozen.fence.kill(&frozen.tree, limits::KILL_TIMEOUT);
+    if let (Some(copied), true) = (frozen.copied.take(), left.is_empty()) {
+        copied.tree_is_gone();
+    }
     if !left.is_empty() {
         tracing::error!(?left, "killed tasks are still there");
     }

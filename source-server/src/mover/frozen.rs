@@ -10,6 +10,7 @@ use host::criu::Criu;
 use host::hooks::HookPhase;
 use host::mailbox::{Mailbox, Post, mailbox};
 use host::workdir::WorkDir;
+use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::ControlError;
@@ -23,6 +24,7 @@ use crate::fence::{self, Fence};
 use crate::lanes::{LaneError, Lanes, serve_faults};
 use crate::limits;
 use crate::netlock::NetworkLock;
+use crate::precopy::Copied;
 use crate::process::ProcessTree;
 use crate::store::{FrozenStore, PageStore, PipeStore, StoreError, TaskMemory};
 
@@ -51,6 +53,10 @@ pub(super) struct Frozen<'a> {
     pub(super) notices: Mailbox<Notice>,
     pub(super) frozen_at: Instant,
     pub(super) drained: bool,
+    /// What pre-copy has sent; the tree is disarmed when it is dropped.
+    pub(super) copied: Option<Copied>,
+    /// The lazy pages that the destination has from pre-copy.
+    clean: Option<Bitmap>,
     /// Gone with the move; holds images and CRIU's log.
     _dir: WorkDir,
 }
@@ -75,6 +81,7 @@ impl<'a> Frozen<'a> {
         tree: &ProcessTree,
         criu: &Criu,
         network: &'a NetworkLock,
+        copied: Option<Copied>,
     ) -> Result<Self, String> {
         not_interrupted(mover)?;
         let dir = WorkDir::create(mover.config.work_dir.as_deref(), "postcopy-source")
@@ -125,9 +132,12 @@ impl<'a> Frozen<'a> {
                     notices,
                     frozen_at,
                     drained: true,
+                    copied,
+                    clean: None,
                     _dir: dir,
                 };
                 frozen.start_drain(criu);
+                frozen.find_clean();
                 Ok(frozen)
             }
             Err(reason) => {
@@ -180,6 +190,19 @@ impl<'a> Frozen<'a> {
         }));
     }
 
+    /// The last scan: what pre-copy has sent and nobody has written since need not be sent again. CRIU itself writes a page
+    /// for each thread while it dumps, so it comes behind that.
+    fn find_clean(&mut self) {
+        let Some(copied) = &mut self.copied else { return };
+        let began = Instant::now();
+        let found = copied.last_scan(&self.tree, &self.map);
+        let clean = found.clean.count();
+        self.lanes.copied_ahead(&found.clean, &found.hot);
+        self.clean = (clean > 0).then_some(found.clean);
+        let (lazy, written, us) = (self.map.pages(), found.written, began.elapsed().as_micros());
+        tracing::info!(lazy, clean, written, us, "last scan");
+    }
+
     /// Ships the images, waits for the restore, and commits. Returns when the destination runs.
     pub(super) fn reach_commit(
         &self,
@@ -214,8 +237,12 @@ impl<'a> Frozen<'a> {
         let failed = |error: ControlError| session.lost(&error);
         let (images, bytes) = session.ship(&self.dump.images).map_err(failed)?;
         let frozen_us = u64::try_from(self.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages(), clean_pages: 0 };
-        let more = session.control.send(&Control::Dumped(dumped)).map_err(failed)?;
+        let clean_pages = self.clean.as_ref().map_or(0, Bitmap::count);
+        let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages(), clean_pages };
+        let mut more = session.control.send(&Control::Dumped(dumped)).map_err(failed)?;
+        if let Some(clean) = &self.clean {
+            more += session.tell_clean(clean).map_err(failed)?;
+        }
         mover.recorder.report().bytes.control += bytes + more;
         mover.recorder.phase("restore");
         let fault_lane = self.serve_faults(session)?;
@@ -308,7 +335,7 @@ impl<'a> Frozen<'a> {
     }
 
     /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
-    /// unlocked, the fence comes down.
+    /// unlocked, the fence comes down. What followed their writes is taken off them while they run: it takes a while.
     pub(super) fn roll_back(mut self) -> Result<(), String> {
         self.end_dump();
         let_run(&self.tree, self.network, Some(self.fence))

@@ -1,10 +1,10 @@
 //! One move, source's side, phase by phase.
 //!
 //! ```text
-//!   preflight ─▶ connect ─▶ freeze, dump ─▶ ship ─▶ (restore) ─▶ Commit ═▶ push ─▶ release
-//!        │            │           │           │           │         ║
-//!        └────────────┴───────────┴───────────┴───────────┘         ║ the switchover
-//!                     roll back: the tasks run on here              ║ never back from here: paused
+//!   preflight ─▶ connect ─▶ (pre-copy) ─▶ freeze, dump ─▶ ship ─▶ (restore) ─▶ Commit ═▶ push ─▶ release
+//!        │            │           │              │          │           │         ║
+//!        └────────────┴───────────┴──────────────┴──────────┴───────────┘         ║ the switchover
+//!                     roll back: the tasks run on here                            ║ never back from here: paused
 //! ```
 //!
 //! - `Session`: the three connections to the destination, opened before anything is frozen
@@ -13,6 +13,7 @@
 
 mod committed;
 mod frozen;
+mod precopy;
 mod session;
 
 use std::ffi::OsString;
@@ -30,6 +31,8 @@ use protocol::wire::hello::{HelloError, Refusal, SessionId, SessionSecret};
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
 use crate::lanes::Pace;
+use crate::precopy::Copied;
+use crate::precopy::policy::Rounds;
 use crate::preflight;
 use crate::process::ProcessTree;
 
@@ -58,6 +61,10 @@ pub struct MoveConfig {
     pub store: StoreKind,
     /// How fast the push may be.
     pub pace: Pace,
+    /// How often memory is copied before the freeze.
+    pub precopy_rounds: Rounds,
+    /// How fast.
+    pub precopy_pace: Pace,
     /// The operator's hooks.
     pub hooks: Vec<Hook>,
     /// CRIU.
@@ -153,13 +160,21 @@ impl Mover {
 
     fn phases(&mut self) -> Result<(), MoveError> {
         self.recorder.phase("preflight");
-        let (tree, criu, network) = self.preflight()?;
+        let (mut tree, criu, network) = self.preflight()?;
         let session = Session::open(self, &tree, &criu)?;
         let mut switchover = Switchover::default();
+        let mut copied = None;
+        if self.config.precopy_rounds != Rounds::Off {
+            self.recorder.phase("precopy");
+            match self.copy_ahead(&mut tree, &session) {
+                Ok(ahead) => copied = Some(ahead),
+                Err(reason) => return Err(self.never_frozen(&session, &mut switchover, reason)),
+            }
+        }
         if let Err(error) = self.hooks.run(HookPhase::PreFreeze) {
             return Err(self.never_frozen(&session, &mut switchover, error.to_string()));
         }
-        let frozen = match Frozen::dump(self, &tree, &criu, &network) {
+        let frozen = match Frozen::dump(self, &tree, &criu, &network, copied) {
             Ok(frozen) => frozen,
             Err(reason) => return Err(self.never_frozen(&session, &mut switchover, reason)),
         };
@@ -185,6 +200,14 @@ impl Mover {
                 Err(MoveError::RolledBack(frozen::and(reason, frozen.roll_back())))
             }
         }
+    }
+
+    /// Pre-copy, and the tree as it is behind it.
+    fn copy_ahead(&mut self, tree: &mut ProcessTree, session: &Session) -> Result<Copied, String> {
+        let copied = precopy::run(self, tree, session)?;
+        self.progress.clear();
+        *tree = ProcessTree::of(self.config.pid).map_err(|error| format!("cannot list the tree: {error}"))?;
+        Ok(copied)
     }
 
     /// Calls off a move whose tasks run, or run again.

@@ -8,14 +8,17 @@ use std::time::{Duration, Instant};
 
 use host::criu::Criu;
 use host::waiting;
+use protocol::bitmap::Bitmap;
 use protocol::link::{ControlChannel, ControlError, Stream};
-use protocol::wire::control::{Control, ImageChunk};
+use protocol::wire::control::{Clean, Control, ImageChunk};
 use protocol::wire::hello::{Hello, Role};
-use protocol::wire::limits::IMAGE_CHUNK_MAX;
+use protocol::wire::limits::{CLEAN_PIECE_MAX, IMAGE_CHUNK_MAX};
 use protocol::wire::switchover::source::{Action, Event, Switchover};
 
 use super::{MoveError, Mover};
 use crate::limits;
+use crate::precopy::most_pages;
+use crate::precopy::policy::Rounds;
 use crate::preflight;
 use crate::process::ProcessTree;
 
@@ -24,6 +27,8 @@ pub(super) struct Session {
     pub(super) control: ControlChannel,
     pub(super) fault: Stream,
     pub(super) push: Stream,
+    /// Most pages of pre-copy that the destination has agreed to keep.
+    pub(super) precopy_pages: u64,
 }
 
 impl Session {
@@ -35,7 +40,11 @@ impl Session {
             MoveError::problem(format!("the destination did not answer the offer: {error}"), remedy)
         };
         let control = ControlChannel::new(dial(Role::Control)?).map_err(|e| broken(e.into()))?;
-        let offer = preflight::offer(tree, criu, &mover.config.criu_options);
+        let mut offer = preflight::offer(tree, criu, &mover.config.criu_options);
+        if mover.config.precopy_rounds != Rounds::Off {
+            offer.precopy_pages = most_pages(offer.memory_bytes);
+        }
+        let precopy_pages = offer.precopy_pages;
         let bytes = control.send(&Control::Offer(offer)).map_err(broken)?;
         mover.recorder.report().bytes.control += bytes;
         let deadline = Some(Instant::now() + limits::VERDICT_TIMEOUT);
@@ -61,7 +70,7 @@ impl Session {
             other => return Err(broken(other.out_of_order("a verdict"))),
         }
         let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
-        Ok(Self { control, fault, push })
+        Ok(Self { control, fault, push, precopy_pages })
     }
 
     /// Sends every image file; returns their number and the bytes sent.
@@ -87,6 +96,18 @@ impl Session {
             count += 1;
         }
         Ok((count, sent))
+    }
+
+    /// Says which lazy pages the destination has already; returns the bytes sent.
+    pub(super) fn tell_clean(&self, clean: &Bitmap) -> Result<u64, ControlError> {
+        let (mut first, mut sent) = (0, 0);
+        while first < clean.len() {
+            let bits = clean.bytes_from(first, CLEAN_PIECE_MAX);
+            let pages = bits.len() as u64 * 8;
+            sent += self.control.send(&Control::Clean(Clean { first, bits }))?;
+            first += pages;
+        }
+        Ok(sent)
     }
 
     /// Why nothing can be sent any more: the destination's own reason, if it gave one before it closed.
@@ -135,6 +156,7 @@ impl Session {
 }
 
 /// What came first.
+#[allow(clippy::large_enum_variant, reason = "one at a time, and taken apart at once")]
 pub(super) enum Next {
     /// A message.
     Message(Control),

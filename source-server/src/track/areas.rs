@@ -19,7 +19,17 @@ const OF_THE_KERNEL: [&str; 5] = ["[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscal
 /// # Errors
 /// `NotFound` if the process is gone.
 pub fn of(pid: u32) -> io::Result<Vec<PageRun>> {
-    Ok(fs::read_to_string(format!("/proc/{pid}/maps"))?.lines().filter_map(lazy_area).collect())
+    Ok(in_order(fs::read_to_string(format!("/proc/{pid}/maps"))?.lines().filter_map(lazy_area)))
+}
+
+/// Areas without overlap: the list is read in pieces, and one that has grown meanwhile may reach back into those before.
+fn in_order(areas: impl Iterator<Item = PageRun>) -> Vec<PageRun> {
+    let mut found: Vec<PageRun> = Vec::new();
+    for area in areas {
+        let start = found.last().map_or(area.start, |before| before.end().max(area.start));
+        found.extend(PageRun::new(start, area.end().pages_since(start)));
+    }
+    found
 }
 
 /// The area in a line of `/proc/PID/maps`, if CRIU makes such a one lazy.
@@ -57,6 +67,13 @@ mod tests {
         ] {
             assert_eq!(area(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn areas_that_overlap_are_cut() {
+        let area = |page: u64, pages| PageRun::new(ImageAddr::containing(page << 12), pages).unwrap();
+        let read = [area(1, 4), area(5, 1), area(4, 4), area(2, 3), area(20, 1)];
+        assert_eq!(in_order(read.into_iter()), [area(1, 4), area(5, 1), area(6, 2), area(20, 1)]);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //!
 //! - [`write_protect`]: the kernel notes the first write to each page (Linux 6.7)
 //! - [`content`]: pages are read and compared with what was copied; works everywhere, and reads all memory each round
-//! - [`choice`]: which of them this host can do
+//! - [`choice`]: which of them this host can do; [`pins`]: which tasks may be written past it
 //!
 //! A process that maps memory next to an area that is write-protected gets two areas where it had got one, until
 //! the next round; `mremap` across both fails with `EFAULT` until then.
@@ -25,6 +25,7 @@ use crate::process::{ProcessTree, Task};
 pub mod areas;
 pub mod choice;
 pub mod content;
+pub mod pins;
 pub mod write_protect;
 
 /// How writes are found.
