@@ -174,3 +174,18 @@ fn a_reader_that_is_told_to_quit_ends_before_all_pages() {
     assert!(summary.pages < 2048, "{summary:?}");
     assert_eq!(touch.samples().unwrap().samples.len(), usize::try_from(summary.pages).unwrap());
 }
+
+#[test]
+fn a_hook_has_a_part_of_the_pages_rewritten_which_stay_what_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = touch::Options { dirty_percent: 25, ..touch_options(dir.path()) };
+    let mut touch = touch::Handle::start(program(), &options, LONG).unwrap();
+    let hook = touch.dirty_command();
+    assert!(Command::new("sh").args(["-c", &hook]).status().unwrap().success());
+    let said = fs::read_to_string(dir.path().join("touch.status")).unwrap();
+    assert!(said.contains("DIRTIED 1 pages=512"), "{said}");
+    assert!(!touch.has_started().unwrap());
+    touch.go().unwrap();
+    let summary = touch.wait_done(LONG).unwrap();
+    assert_eq!((summary.pages, summary.wrong), (2048, 0));
+}

@@ -79,4 +79,4 @@ pub const PRECOPY_GROWTH: (u64, u64) = (4, 16 << 20);
 /// Niceness of the thread that copies while the tree works.
 pub const PRECOPY_NICENESS: i32 = 10;
 /// Pace of pre-copy by default. See docs/measuring.md.
-pub const PRECOPY_RATE: &str = "256M";
+pub const PRECOPY_RATE: &str = "192M";

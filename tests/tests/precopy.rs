@@ -16,7 +16,7 @@ use source_server::lanes::Pace;
 use source_server::precopy::policy::Rounds;
 use source_server::precopy::rounds::{Plan, RoundsError, Shared, run};
 use source_server::precopy::{Copied, LastScan, most_pages};
-use source_server::process::ProcessTree;
+use source_server::process::{ProcessTree, Task};
 use source_server::track::choice::choose;
 use source_server::track::content::Content;
 use source_server::track::{Method, Tracker};
@@ -70,6 +70,10 @@ fn copy(
     })
 }
 
+fn live(tree: &ProcessTree) -> impl Iterator<Item = &Task> {
+    tree.tasks.iter().filter(|task| !processes::has_ended(task.pid))
+}
+
 /// The pages of a tree that are there, as if all of them were lazy.
 fn lazy_map(tree: &ProcessTree) -> LazyMap {
     let runs = |pid| {
@@ -82,7 +86,7 @@ fn lazy_map(tree: &ProcessTree) -> LazyMap {
         }
         runs
     };
-    LazyMap::new(tree.tasks.iter().map(|task| (task.id, runs(task.pid)))).unwrap()
+    LazyMap::new(live(tree).map(|task| (task.id, runs(task.pid)))).unwrap()
 }
 
 /// The last scan; every page that it calls clean is looked at.
@@ -91,7 +95,7 @@ fn check(copied: &mut Copied, kept: &Kept, tree: &ProcessTree) -> (LazyMap, Last
     let map = lazy_map(tree);
     let last = copied.last_scan(tree, &map);
     let mut wrong = Vec::new();
-    for task in &tree.tasks {
+    for task in live(tree) {
         let memory = File::open(format!("/proc/{}/mem", task.pid)).unwrap();
         let lazy = map.task(task.id).unwrap();
         for index in (lazy.first..lazy.first + lazy.pages).filter(|index| last.clean.get(*index)) {
@@ -153,9 +157,7 @@ fn churn(tracker: Box<dyn Tracker>, processes: u8, rounds: &str) {
     assert!(last.clean.count() + last.written <= map.pages());
     go_on(&frozen);
     drop(copied);
-    for task in frozen.tasks.iter().filter(|task| !processes::has_ended(task.pid)) {
-        assert_untracked(task.pid);
-    }
+    assert_untracked(stamp.pid());
     stamp.assert_unharmed();
     stamp.quit();
 }

@@ -86,8 +86,10 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
         let fds = [interrupt.as_fd(), finished.as_fd(), listener.as_fd()];
         let [interrupted, over, connected] = waiting::readable(fds, None)?;
         if interrupted && interrupt.take() {
+            // Looked at before anybody is told: a session that ends at once has a status of its own.
+            let idle = lock(&registry).is_empty();
             stop = None;
-            if lock(&registry).is_empty() {
+            if idle {
                 return Ok(0);
             }
             tracing::warn!("moves that have not switched over are rolled back; others finish first");

@@ -139,7 +139,7 @@ fn cases() -> Vec<Case> {
         add("rounds", &format!("{threads} threads"), Probe::Rounds { threads });
     }
     for threads in [1, 4] {
-        for rate in ["64M", "128M", "256M", "512M", "unlimited"] {
+        for rate in ["128M", "192M", "256M", "512M", "unlimited"] {
             add("copy ahead", &format!("{threads} threads, {rate}"), Probe::Copy { threads, rate });
         }
     }

@@ -82,8 +82,11 @@ impl Content {
         let before = self.tasks.remove(&task.id).unwrap_or_default();
         // What is not there now is not taken over: it counts as written when it comes back.
         let mut now = Hashes::default();
+        let mut found = Vec::new();
         for &area in &round.areas {
-            there.each(area, |run| self.compare(&memory, run, &before, &mut now, &mut round.runs))?;
+            there.each(area, |run| self.compare(&memory, run, &before, &mut now, &mut found))?;
+            // Pages of two areas are never one run.
+            round.runs.append(&mut found);
         }
         self.tasks.insert(task.id, now);
         Ok(Some(round))

@@ -77,7 +77,8 @@ pub struct TaskRound {
     pub untracked: Option<String>,
     /// Where it has memory that can be lazy. What was copied from elsewhere is of no use any more.
     pub areas: Vec<PageRun>,
-    /// Pages that are there and may have been written since the scan before, by ascending address.
+    /// Pages that are there and may have been written since the scan before, by ascending address; each run lies in one
+    /// area.
     pub runs: Vec<Run>,
 }
 
