@@ -54,6 +54,7 @@ struct Entry {
 
 /// A session that has ended.
 struct Finished {
+    session: SessionId,
     /// The status of its move; none if there was no move because it was refused.
     status: Option<u8>,
 }
@@ -95,7 +96,9 @@ pub fn serve(config: ServeConfig) -> Result<u8, ServeError> {
             tracing::warn!("moves that have not switched over are rolled back; others finish first");
         }
         if over {
-            for Finished { status } in finished.empty() {
+            for Finished { session, status } in finished.empty() {
+                // Here, so that whoever finds no session has heard how each of them ended.
+                lock(&registry).remove(&session);
                 // A refusal is no move: a daemon that serves one move goes on waiting for it.
                 let last = context.once && status.is_some();
                 if last || (stop.is_none() && lock(&registry).is_empty()) {
@@ -205,15 +208,15 @@ impl Context {
     fn run(&self, (id, session): (SessionId, Session)) {
         let session = std::panic::AssertUnwindSafe(session);
         let ended = std::panic::catch_unwind(|| { session }.0.run());
-        lock(&self.registry).remove(&id);
         let Ok((report, result)) = ended else {
             // The panic has been printed; the daemon must not wait for this session for ever.
-            self.done.send(Finished { status: Some(1) });
+            self.done.send(Finished { session: id, status: Some(1) });
             return;
         };
         self.publish(&report, &result);
         let refused = matches!(result, Err(SessionError::Refused(_)));
-        self.done.send(Finished { status: (!refused).then(|| report.outcome.exit_status()) });
+        let status = (!refused).then(|| report.outcome.exit_status());
+        self.done.send(Finished { session: id, status });
     }
 
     fn publish(&self, report: &Report, result: &Result<(), SessionError>) {
