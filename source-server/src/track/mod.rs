@@ -89,6 +89,12 @@ impl TaskRound {
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.pages.pages).sum()
     }
+
+    /// Whether what was copied of the task before is of no use: another address space, or writes that nobody may have seen.
+    #[must_use]
+    pub const fn is_void(&self) -> bool {
+        self.starts_again || self.untracked.is_some()
+    }
 }
 
 /// A task that was stopped to be armed.
