@@ -9,6 +9,8 @@ pub const STRANGERS_MAX: usize = 64;
 /// Pages that one install holds its family's lock for: 64 KiB copy in about 15 us, which is the longest a
 /// fault waits for the push in the installer.
 pub const INSTALL_SLICE_PAGES: usize = 16;
+/// Pages that one look for settled ones holds its family's lock for: at worst every other of them is settled, which takes 60 us.
+pub const SWEEP_PAGES: u64 = 4096;
 /// How long the push lane may be quiet before settled pages are looked for and acknowledged.
 pub const ACK_INTERVAL: Duration = Duration::from_millis(100);
 /// How long an address may be unregistered with no event about it before its pages count as unmapped.

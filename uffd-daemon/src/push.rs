@@ -147,10 +147,12 @@ impl PushLane {
         self.swept = Instant::now();
         loop {
             self.tree.acknowledge(RUNS_PER_ACK_MAX, &mut self.acks);
-            if self.acks.is_empty() {
+            // What faults settled meanwhile is for the next time.
+            let all = self.acks.len() < RUNS_PER_ACK_MAX;
+            self.send_acks()?;
+            if all {
                 return Ok(());
             }
-            self.send_acks()?;
         }
     }
 

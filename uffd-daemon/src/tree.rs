@@ -12,6 +12,7 @@ use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
 use crate::cache::Kept;
+use crate::limits;
 use crate::pages::Family;
 use crate::steering::Steered;
 
@@ -163,12 +164,21 @@ impl Tree {
         self.settled_at.get().copied()
     }
 
-    /// Appends settled runs of the whole tree that were not reported yet, until there are `most`.
+    /// Appends settled runs of the whole tree that were not reported yet, until there are `most`. A family is looked
+    /// through in pieces: pages that faults brought here and there cost time each, and a fault waits for no more of it than
+    /// for an install.
     pub fn acknowledge(&self, most: usize, runs: &mut Vec<TaskRun>) {
         for position in 0..self.families.len() {
-            let mut family = self.lock(position);
-            let pages = family.map().pages;
-            family.acknowledge(0, pages, most, runs);
+            let pages = self.lock_last(position).map().pages;
+            let mut first = 0;
+            while first < pages {
+                let end = pages.min(first + limits::SWEEP_PAGES);
+                self.lock_last(position).acknowledge(first, end, most, runs);
+                if runs.len() >= most {
+                    return;
+                }
+                first = end;
+            }
         }
     }
 

@@ -367,10 +367,19 @@ impl<I: Installer> Family<I> {
     /// The next run at or behind index `from` that is worth fetching (missing somewhere, neither asked for nor kept), at
     /// most `most` pages; it is marked as asked for.
     pub fn next_to_fetch(&mut self, from: u64, most: u64) -> Option<(u64, PageRun)> {
+        // Looked for in pieces: the end of a long run costs more than its beginning, and is not needed.
+        const PIECE: u64 = 4096;
         let mut from = from;
         loop {
-            let end = self.map.pages;
-            let missing = self.spaces().filter_map(|s| s.remote_in(from, end)).min_by_key(|s| s.first)?;
+            let end = self.map.pages.min(from + most.max(PIECE));
+            let missing = self.spaces().filter_map(|s| s.remote_in(from, end)).min_by_key(|s| s.first);
+            let Some(missing) = missing else {
+                if end == self.map.pages {
+                    return None;
+                }
+                from = end;
+                continue;
+            };
             let behind = missing.first + missing.pages;
             let (here, stop) = self.coming_in(missing.first, behind).unwrap_or((behind, behind));
             if here == missing.first {
