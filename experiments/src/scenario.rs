@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::cli::Common;
 use crate::results::Folder;
-use crate::sweep::{fault_latency, hybrid, memory_size, push_interference, stores};
+use crate::sweep::{fault_latency, hybrid, memory_size, prefill, push_interference, stores};
 use crate::{floors, kv_move, links, stream, tracking, vs_criu, vs_qemu};
 
 /// How to run an experiment.
@@ -97,6 +97,12 @@ pub const ALL: &[Scenario] = &[
         about: "copies ahead or not, and stop-and-copy, by how much is written between the last round and the freeze",
         run: hybrid::run,
         page: hybrid::page,
+    },
+    Scenario {
+        name: prefill::NAME,
+        about: "copies ahead that are installed before the process runs: what it costs the blackout and saves behind it",
+        run: prefill::run,
+        page: prefill::page,
     },
     Scenario {
         name: vs_criu::NAME,

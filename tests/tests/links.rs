@@ -55,6 +55,22 @@ fn faults_alone_bring_everything_over() {
 }
 
 #[test]
+fn what_is_copied_ahead_comes_over_and_is_installed_before_or_after_the_resume() {
+    for link in SECURE {
+        for prefill in ["none", "hot", "all"] {
+            let Some(site) = Site::new() else { return };
+            let plan = Keys::new(&site).plan(link).source(["--precopy-rounds", "2"]);
+            let plan = plan.destination(["--prefill", prefill, "--prefill-ms", "10000"]);
+            let options = Options { mib: 64, rate_us: 100, ..changing(&site) };
+            let ended = move_once(&site, &plan, &options, Memory::Changing);
+            let (pages, said) = (ended.destination.report().pages, ended.destination.said());
+            assert!(pages.precopied + pages.zero > 0, "{pages:?}");
+            assert_eq!(said.contains("prefilled"), prefill != "none", "{said}");
+        }
+    }
+}
+
+#[test]
 fn a_link_that_is_cut_pauses_the_move() {
     // What the proxy passes on is TCP.
     for link in ["tls"] {

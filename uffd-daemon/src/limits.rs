@@ -55,6 +55,8 @@ pub const PREFETCH_START_PAGES: u64 = 4;
 /// Most pages asked for ahead at a time: 32 take about 75 us on the fault lane, which is the longest that the
 /// fault of another thread waits for them.
 pub const PREFETCH_PAGES: u64 = 32;
+/// How long the source may take to say why it has closed a lane.
+pub const REASON_PATIENCE: Duration = Duration::from_secs(1);
 /// Tasks that pre-copy may bring pages of: as many as an offer can name.
 pub const PRECOPY_TASKS_MAX: usize = protocol::wire::limits::LIST_MAX;
 /// Areas of all tasks together that pre-copy may name: 16 MiB, for 16 tasks with as many areas as the kernel lets a task have.

@@ -55,6 +55,7 @@ struct Entry {
 
 /// A session that has ended.
 struct Finished {
+    session: SessionId,
     /// The status of its move; none if there was no move because it was refused.
     status: Option<u8>,
 }
@@ -107,7 +108,9 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
             tracing::warn!("moves that have not switched over are rolled back; others finish first");
         }
         if over {
-            for Finished { status } in finished.empty() {
+            for Finished { session, status } in finished.empty() {
+                // Here, so that whoever finds no session has heard how each of them ended.
+                lock(&registry).remove(&session);
                 // A refusal is no move: a daemon that serves one move goes on waiting for it.
                 worst = worst.max(status.unwrap_or(0));
                 let last = context.once && status.is_some();
@@ -258,15 +261,15 @@ impl Context {
     fn run(&self, id: SessionId, session: impl FnOnce() -> (Report, Result<(), SessionError>)) {
         let session = std::panic::AssertUnwindSafe(session);
         let ended = std::panic::catch_unwind(|| { session }.0());
-        lock(&self.registry).remove(&id);
         let Ok((report, result)) = ended else {
             // The panic has been printed; the daemon must not wait for this session for ever.
-            self.done.send(Finished { status: Some(1) });
+            self.done.send(Finished { session: id, status: Some(1) });
             return;
         };
         self.publish(&report, &result);
         let refused = matches!(result, Err(SessionError::Refused(_)));
-        self.done.send(Finished { status: (!refused).then(|| report.outcome.exit_status()) });
+        let status = (!refused).then(|| report.outcome.exit_status());
+        self.done.send(Finished { session: id, status });
     }
 
     fn publish(&self, report: &Report, result: &Result<(), SessionError>) {

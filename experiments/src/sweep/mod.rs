@@ -5,10 +5,12 @@
 //! - [`stores`]: where the pages wait
 //! - [`memory_size`]: from small to large
 //! - [`hybrid`]: with and without copies ahead, by how much is written behind them
+//! - [`prefill`]: how long the process is held for what was copied ahead
 
 pub mod fault_latency;
 pub mod hybrid;
 pub mod memory_size;
+pub mod prefill;
 pub mod push_interference;
 pub mod stores;
 
@@ -63,7 +65,7 @@ pub fn run(
         let measured = measure(&programs, &case.config)?;
         let mut row = Row::new(case.columns.clone(), run);
         measured.add_to(&mut row);
-        if scenario == hybrid::NAME {
+        if [hybrid::NAME, prefill::NAME].contains(&scenario) {
             hybrid::add_to(&measured, &mut row);
         }
         measured.record(&row, results)?;
@@ -99,6 +101,7 @@ mod tests {
             all_differ(&stores::cases(&options));
             all_differ(&memory_size::cases(&options, usize::MAX).0);
             all_differ(&hybrid::cases(&options));
+            all_differ(&prefill::cases(&options));
         }
     }
 }

@@ -271,7 +271,9 @@ fn rewrite(shared: &Shared, percent: u8) -> u64 {
     let pages = shared.walk.pages() * u64::from(percent.min(100)) / 100;
     for index in 0..pages {
         let page = usize::try_from(order.at(index)).unwrap_or(usize::MAX);
-        shared.region.page(page)[FREE_WORD].fetch_or(0, SeqCst);
+        let word = &shared.region.page(page)[FREE_WORD];
+        // Not `fetch_or(0)`, which the compiler makes a read.
+        word.store(word.load(SeqCst), SeqCst);
     }
     pages
 }

@@ -94,7 +94,7 @@ pub struct PageCache {
 }
 
 /// Memory of pages that are not needed. To drop it takes tens of milliseconds for each GiB.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Unneeded {
     _chunks: Vec<Chunk>,
 }

@@ -16,6 +16,7 @@ use protocol::wire::precopy::Round;
 
 use super::{BroughtUp, Session};
 use crate::cache::{CleanPages, Milestone, PageCache, PrecopyError, PrecopyLane, PrecopyProgress};
+use crate::limits;
 
 /// What is installed before the tasks run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -97,7 +98,7 @@ impl Session {
                         if let Some(thread) = receiving.thread.take() {
                             let _ = thread.join();
                         }
-                        return result.map_err(|error| error.to_string());
+                        return result.map_err(|error| self.reason_of(&error));
                     }
                 }
                 _ => {}
@@ -109,6 +110,17 @@ impl Session {
                 format!("pre-copy: round {}, {kept} MiB kept, {} MiB received", rounds + 1, bytes >> 20)
             });
         }
+    }
+
+    /// A source that gives up closes the lane, and says why on the control connection.
+    fn reason_of(&self, error: &PrecopyError) -> String {
+        let lost = matches!(error, PrecopyError::Closed | PrecopyError::Io(_));
+        if lost && waiting::link_within(&self.control, limits::REASON_PATIENCE).unwrap_or(false) {
+            if let Ok(Control::Abort(reason)) = self.control.receive() {
+                return format!("the source called it off: {reason}");
+            }
+        }
+        error.to_string()
     }
 
     /// Takes the pieces that say which pages are clean, if there are any.

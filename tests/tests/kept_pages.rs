@@ -1,0 +1,224 @@
+//! Pages that were copied ahead, over a userfaultfd of this process: the fault loop and the thread in the background install them,
+//! nobody is asked for them, and they take memory once.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+
+use host::mailbox::{Mailbox, mailbox};
+use host::waiting::readable_within;
+use kernel::arena::{Region, WORDS_PER_PAGE};
+use kernel::uffd::{FEATURES_OF_CRIU, Uffd};
+use protocol::bitmap::Bitmap;
+use protocol::lazy_map::LazyMap;
+use protocol::units::{ImageAddr, PageRun, TaskId};
+use protocol::wire::frame::TaskRun;
+use protocol::wire::precopy::Areas;
+use tests::STEP;
+use tests::site::Site;
+use uffd_daemon::cache::{Installing, Milestone, PageCache, Unneeded};
+use uffd_daemon::fault::{Command, FaultLoop, Notice, latency_histogram};
+use uffd_daemon::inflight::Purpose;
+use uffd_daemon::latency;
+use uffd_daemon::tree::Tree;
+use uffd_daemon::upstream::{Answer, Upstream, UpstreamError};
+
+const TASK: TaskId = TaskId(7);
+
+/// Which pages of 16 hold zeros, and which were written since they were copied.
+const ZEROS: usize = 3;
+const STALE: usize = 5;
+
+/// Memory of this process whose pages are missing, and a tree that knows most of them.
+///
+/// The region comes last: while a userfaultfd is open nobody reads, unmapping waits.
+struct Moved {
+    tree: Arc<Tree>,
+    unneeded: Unneeded,
+    uffd: Uffd,
+    region: Region,
+}
+
+fn content(page: usize) -> u64 {
+    let byte = u64::try_from(page % 250 + 1).unwrap();
+    if page % 16 == ZEROS { 0 } else { byte * 0x0101_0101_0101_0101 }
+}
+
+impl Moved {
+    fn new(pages: usize) -> Self {
+        let region = Region::anonymous(pages).unwrap();
+        let uffd = Uffd::create(FEATURES_OF_CRIU, false).unwrap();
+        let (start, count) = (region.address() as u64, pages as u64);
+        uffd.register_missing(start, count << 12).unwrap();
+        let at =
+            |page: u64, pages: u64| PageRun::new(ImageAddr::containing(start + (page << 12)), pages).unwrap();
+        let map = LazyMap::new([(TASK, vec![at(0, count)])]).unwrap();
+        let mut cache = PageCache::new(count);
+        cache.areas(Areas { task: TASK, starts_again: false, areas: vec![at(0, count)] }).unwrap();
+        let mut clean = Bitmap::full(count);
+        for page in 0..pages {
+            let what = TaskRun { task: TASK, run: at(page as u64, 1) };
+            if page % 16 == ZEROS {
+                cache.zero(what, 1).unwrap();
+                continue;
+            }
+            let fill = |bytes: &mut [u8]| {
+                bytes.fill(content(page).to_le_bytes()[0]);
+                Ok(())
+            };
+            cache.fill(what, 1, fill).unwrap();
+            if page % 16 == STALE {
+                clean.unset(page as u64);
+            }
+        }
+        let tree = Tree::new(&map);
+        let (kept, unneeded) = cache.into_clean(&map, &clean).unwrap();
+        tree.keep(kept);
+        Self { tree, unneeded, uffd, region }
+    }
+
+    #[track_caller]
+    fn assert_right(&self, page: usize) {
+        let words = self.region.page(page);
+        let right = [0, 1, WORDS_PER_PAGE - 1].iter().all(|word| words[*word].load(Relaxed) == content(page));
+        assert!(right, "page {page} is wrong");
+    }
+}
+
+fn clean_pages(pages: usize) -> impl Iterator<Item = usize> {
+    (0..pages).filter(|page| page % 16 != STALE)
+}
+
+/// The most memory that this process has had since the last call, in KiB.
+fn peak_kib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
+}
+
+#[track_caller]
+fn wait_all(milestones: &Mailbox<Milestone>) {
+    loop {
+        assert!(readable_within(milestones.as_fd(), STEP).unwrap(), "it does not come to its end");
+        match milestones.empty().pop() {
+            Some(Milestone::All) => return,
+            Some(Milestone::Broken(error)) => panic!("{error}"),
+            Some(Milestone::Hot) | None => {}
+        }
+    }
+}
+
+#[test]
+fn everything_clean_is_installed_and_takes_memory_once() {
+    const PAGES: usize = 32 << 8;
+    let Some(_site) = Site::new() else { return };
+    let mut moved = Moved::new(PAGES);
+    drop(std::mem::take(&mut moved.unneeded));
+    peak_kib();
+    let before = peak_kib();
+    let uffd = Arc::new(moved.uffd.as_fd().try_clone_to_owned().unwrap().into());
+    let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+    // Neither before it may, nor before there is somewhere to install.
+    assert!(!readable_within(installing.milestones.as_fd(), std::time::Duration::from_millis(50)).unwrap());
+    installing.begin();
+    moved.tree.lock(0).restored(uffd);
+    wait_all(&installing.milestones);
+    let grown = peak_kib().saturating_sub(before) >> 10;
+    assert!(grown < 4, "{grown} MiB more than what was kept");
+    for page in clean_pages(PAGES) {
+        moved.assert_right(page);
+    }
+    assert_eq!(moved.tree.kept_pages(), 0);
+    assert_eq!(moved.tree.remote_pages(), PAGES as u64 / 16);
+    let counts = moved.tree.counts();
+    let (zero, precopied) = (PAGES as u64 / 16, PAGES as u64 / 16 * 14);
+    assert_eq!((counts.zero, counts.precopied, counts.demand, counts.push), (zero, precopied, 0, 0));
+    assert!(moved.tree.settled_at().is_none());
+}
+
+#[test]
+fn installing_ends_when_it_is_told_to() {
+    let Some(_site) = Site::new() else { return };
+    let moved = Moved::new(512);
+    for begun in [false, true] {
+        let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+        if begun {
+            installing.begin();
+        }
+        // Nothing was handed over: there is nowhere to install.
+        drop(installing);
+        assert_eq!(moved.tree.kept_pages(), 512 / 16 * 15);
+    }
+}
+
+/// A source that is never asked for anything that is here.
+struct Source(Arc<Mutex<Vec<PageRun>>>);
+
+impl Upstream for Source {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn ask(&mut self, _: u64, _: Purpose, _: TaskId, run: PageRun) -> Result<(), UpstreamError> {
+        self.0.lock().unwrap().push(run);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+
+    fn wants_write(&self) -> bool {
+        false
+    }
+
+    fn answers(&mut self, _: &mut dyn FnMut(Answer<'_>)) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+
+    fn background(&self) -> Option<(u64, u64)> {
+        None
+    }
+
+    fn finish(&mut self) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn faults_on_what_is_kept_are_resolved_without_the_source() {
+    const PAGES: usize = 4096;
+    let Some(_site) = Site::new() else { return };
+    let moved = Moved::new(PAGES);
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (commands, orders) = mailbox().unwrap();
+    let (post, notices) = mailbox::<Notice>().unwrap();
+    let latency = latency_histogram();
+    let fault_loop =
+        FaultLoop::new(moved.tree.clone(), Source(asked.clone()), orders, post, None, latency.clone());
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| drop(fault_loop.run()));
+        let uffd = moved.uffd.as_fd().try_clone_to_owned().unwrap();
+        commands.send(Command::Serve { family: 0, uffd });
+        // Readers that come from both sides, while everything is installed.
+        let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+        installing.begin();
+        let forth = scope.spawn(|| clean_pages(PAGES).for_each(|page| moved.assert_right(page)));
+        let mut back: Vec<usize> = clean_pages(PAGES).collect();
+        back.reverse();
+        back.into_iter().for_each(|page| moved.assert_right(page));
+        forth.join().unwrap();
+        wait_all(&installing.milestones);
+        commands.send(Command::Stop);
+        serving.join().unwrap();
+    });
+    assert!(notices.empty().is_empty(), "something broke, or is settled");
+    assert_eq!(*asked.lock().unwrap(), []);
+    assert_eq!(latency::summary(&latency).count, 0);
+    assert!(moved.tree.local_faults.load(Relaxed) > 0);
+    let counts = moved.tree.counts();
+    assert_eq!((counts.zero + counts.precopied, moved.tree.kept_pages()), (PAGES as u64 / 16 * 15, 0));
+}
