@@ -28,10 +28,14 @@ pub struct Tree {
     pub demand_outstanding: AtomicU32,
     /// Faults that were asked for, ever.
     pub demands: AtomicU64,
+    /// Bytes that came unasked, ever.
+    pub pushed_bytes: AtomicU64,
     /// The fault loop.
     pub fault_thread: Steered,
     /// The push.
     pub push_thread: Steered,
+    /// What carries the push lane for it, on QUIC.
+    pub push_pump: Steered,
     /// Who waits for a family and is not the push.
     urgent: AtomicU32,
     settled_at: OnceLock<Instant>,
@@ -49,8 +53,10 @@ impl Tree {
             total: map.pages(),
             demand_outstanding: AtomicU32::new(0),
             demands: AtomicU64::new(0),
+            pushed_bytes: AtomicU64::new(0),
             fault_thread: Steered::default(),
             push_thread: Steered::default(),
+            push_pump: Steered::default(),
             urgent: AtomicU32::new(0),
             settled_at: OnceLock::new(),
         })
