@@ -7,10 +7,11 @@
 //! - [`preflight`], [`restore`], [`barrier`], [`pidns`], [`handover`]: bringing the tree up, held back
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
 //! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked
-//! - [`steering`]: where the threads of both run
+//! - [`steering`]: where the threads of both run; [`awake`]: processors that do not go to sleep between two faults
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies
 #![forbid(unsafe_code)]
 
+pub mod awake;
 pub mod barrier;
 pub mod cli;
 pub mod fault;
