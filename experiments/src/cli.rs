@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 
+use crate::lab::Lab;
 use crate::report::MoveReport;
 use crate::scenario::RunOptions;
 use crate::workload::{SpinOptions, report_failure, spin};
@@ -46,6 +47,13 @@ impl Common {
     pub fn say(&self, text: &str) {
         if !self.quiet {
             println!("{text}");
+        }
+    }
+
+    /// Removes what labs left behind whose process is gone, and says so.
+    pub fn sweep_labs(&self) {
+        for stale in Lab::sweep() {
+            self.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
         }
     }
 }

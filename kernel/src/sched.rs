@@ -19,6 +19,7 @@ struct SchedAttr {
 const _: () = assert!(size_of::<SchedAttr>() == 56);
 
 const SCHED_OTHER: u32 = 0;
+const SCHED_IDLE: u32 = 5;
 
 /// Gives the calling thread a time slice under the normal policy; its niceness stays.
 ///
@@ -29,11 +30,24 @@ const SCHED_OTHER: u32 = 0;
 /// # Errors
 /// The errno of `sched_setattr(2)`.
 pub fn set_slice(slice_ns: u64) -> io::Result<()> {
+    set(SCHED_OTHER, slice_ns)
+}
+
+/// Puts the calling thread into the lowest class: it runs where nobody else wants to, and whoever wakes takes the
+/// processor from it at once. Its niceness stays.
+///
+/// # Errors
+/// The errno of `sched_setattr(2)`.
+pub fn set_idle() -> io::Result<()> {
+    set(SCHED_IDLE, 0)
+}
+
+fn set(policy: u32, slice_ns: u64) -> io::Result<()> {
     // SAFETY: no pointers; 0 is the calling thread, for which the call cannot fail.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
     let attr = SchedAttr {
         size: 56,
-        policy: SCHED_OTHER,
+        policy,
         flags: 0,
         nice,
         priority: 0,
@@ -83,5 +97,19 @@ mod tests {
     #[test]
     fn a_thread_may_shorten_its_own_slice() {
         std::thread::spawn(|| set_slice(100_000).unwrap()).join().unwrap();
+    }
+
+    #[test]
+    fn a_thread_may_leave_the_processor_to_everybody() {
+        let of_a_thread = || {
+            set_idle().unwrap();
+            std::fs::read_to_string("/proc/thread-self/sched").unwrap_or_default()
+        };
+        let sched = std::thread::spawn(of_a_thread).join().unwrap();
+        let policy = sched
+            .lines()
+            .find_map(|line| line.strip_prefix("policy")?.split(':').nth(1)?.trim().parse().ok());
+        // Kernels without that file are said to have done it by not failing.
+        assert!(policy.is_none_or(|policy: u32| policy == SCHED_IDLE), "{sched}");
     }
 }

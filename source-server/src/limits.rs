@@ -45,6 +45,8 @@ pub const FAULTS_REMEMBERED: Duration = Duration::from_millis(100);
 /// Time slice of the threads on the fault path and of the push. Shorter than anybody's: a thread of the fault
 /// path takes the processor when it wakes, and a task that wakes waits no longer for the push.
 pub const SLICE_NS: u64 = 100_000;
+/// Bytes of answers to faults that travel together: the first of them waits for the last to be read, some 50 us.
+pub const ANSWERS_BYTES: usize = 64 << 10;
 /// How often a push lane without acknowledgements is checked for a peer that is gone.
 pub const LANE_LOOK_INTERVAL: Duration = Duration::from_secs(2);
 /// How long an answer to a fault may wait on the link behind the push; a push that queues nothing at all would

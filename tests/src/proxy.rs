@@ -5,10 +5,12 @@
 //! ```
 //!
 //! A cut link resets every connection on both sides at once, as a router does that has forgotten them; bytes that
-//! are on their way are lost. It stays cut, or takes new connections at once or after a while.
+//! are on their way are lost. It stays cut, or takes new connections at once or after a while. One for datagrams passes
+//! nothing on any more, and nobody is told.
 
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -39,6 +41,19 @@ struct Line {
     then: Mutex<Then>,
 }
 
+impl Default for Line {
+    /// Everything passes.
+    fn default() -> Self {
+        Self {
+            cut: AtomicBool::new(false),
+            down: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
+            control: [AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)],
+            then: Mutex::new(Then::Cut),
+        }
+    }
+}
+
 /// What happens to a link behind the last byte that may pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Then {
@@ -64,13 +79,7 @@ impl Proxy {
     pub fn to(destination: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("a bound socket").to_string();
-        let line = Arc::new(Line {
-            cut: AtomicBool::new(false),
-            down: AtomicBool::new(false),
-            generation: AtomicU64::new(0),
-            control: [AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)],
-            then: Mutex::new(Then::Cut),
-        });
+        let line = Arc::new(Line::default());
         let (shared, destination) = (line.clone(), destination.to_owned());
         std::thread::spawn(move || {
             let mut first = true;
@@ -86,6 +95,20 @@ impl Proxy {
                 shared.connect(near, far, std::mem::take(&mut first));
             }
         });
+        Self { address, line }
+    }
+
+    /// A link for datagrams to whoever is bound to `destination`.
+    ///
+    /// # Panics
+    /// If there is no port for it.
+    #[must_use]
+    pub fn of_datagrams_to(destination: &str) -> Self {
+        let near = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        let address = near.local_addr().expect("a bound socket").to_string();
+        let line = Arc::new(Line::default());
+        let (shared, destination) = (line.clone(), destination.to_owned());
+        std::thread::spawn(move || shared.pass_datagrams(&Arc::new(near), &destination));
         Self { address, line }
     }
 
@@ -160,6 +183,37 @@ impl Line {
                     let _ = to.shutdown(Shutdown::Write);
                 }
             });
+        }
+    }
+
+    /// From each peer through a socket of its own, so that the answers find back.
+    fn pass_datagrams(self: &Arc<Self>, near: &Arc<UdpSocket>, destination: &str) {
+        let mut peers: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
+        let mut datagram = vec![0; 64 << 10];
+        let _ = near.set_read_timeout(Some(LOOK));
+        while !self.cut.load(SeqCst) {
+            let Ok((got, peer)) = near.recv_from(&mut datagram) else { continue };
+            let far = peers.entry(peer).or_insert_with(|| {
+                let far = Arc::new(UdpSocket::bind("127.0.0.1:0").expect("a port"));
+                far.connect(destination).expect("an address of this host");
+                let (line, near, back) = (self.clone(), near.clone(), far.clone());
+                std::thread::spawn(move || line.pass_datagrams_back(&back, &near, peer));
+                far
+            });
+            if !self.cut.load(SeqCst) {
+                let _ = far.send(&datagram[..got]);
+            }
+        }
+    }
+
+    fn pass_datagrams_back(&self, far: &UdpSocket, near: &UdpSocket, peer: SocketAddr) {
+        let mut datagram = vec![0; 64 << 10];
+        let _ = far.set_read_timeout(Some(LOOK));
+        while !self.cut.load(SeqCst) {
+            let Ok(got) = far.recv(&mut datagram) else { continue };
+            if !self.cut.load(SeqCst) {
+                let _ = near.send_to(&datagram[..got], peer);
+            }
         }
     }
 
@@ -264,6 +318,28 @@ mod tests {
         assert!(refused.read(&mut bytes).is_err());
         proxy.set_down(false);
         drop(pair(&proxy, &listener));
+    }
+
+    #[test]
+    fn passes_datagrams_both_ways_until_it_is_cut() {
+        let far = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let proxy = Proxy::of_datagrams_to(&far.local_addr().unwrap().to_string());
+        let near = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let mut bytes = [0; 8];
+        for (socket, word) in near.iter().zip([b"one", b"two"]) {
+            socket.set_read_timeout(Some(LONG)).unwrap();
+            socket.connect(proxy.address()).unwrap();
+            socket.send(word).unwrap();
+            let (got, from) = far.recv_from(&mut bytes).unwrap();
+            assert_eq!(&bytes[..got], word);
+            far.send_to(&bytes[..got], from).unwrap();
+            let got = socket.recv(&mut bytes).unwrap();
+            assert_eq!(&bytes[..got], word);
+        }
+        proxy.cut();
+        near[0].send(b"late").unwrap();
+        far.set_read_timeout(Some(10 * LOOK)).unwrap();
+        assert!(far.recv(&mut bytes).is_err());
     }
 
     #[test]

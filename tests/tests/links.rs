@@ -14,9 +14,9 @@ use tests::accounts::Memory;
 use tests::keys::{Key, Keys, identity};
 use tests::moves::{Daemon, Ended, Plan, Side};
 use tests::proxy::Proxy;
-use tests::site::Site;
+use tests::site::{Site, assert_ends};
 use tests::stamps::{self, Stamp, move_once};
-use tests::{MOVE, STEP, programs};
+use tests::{MOVE, STEP, processes, programs};
 
 /// Links whose sides prove who they are.
 const SECURE: [&str; 2] = ["tls", "quic"];
@@ -72,15 +72,15 @@ fn what_is_copied_ahead_comes_over_and_is_installed_before_or_after_the_resume()
 
 #[test]
 fn a_link_that_is_cut_pauses_the_move() {
-    // What the proxy passes on is TCP.
-    for link in ["tls"] {
+    for link in SECURE {
         let Some(site) = Site::new() else { return };
         let mut stamp = Stamp::start(&Options { rate_us: 500, ..stamps::small(&site, 128) });
         let patience = ["--give-up-after", "2"];
         let plan = Keys::new(&site).plan(link).source(["--push-rate", "8M"]);
         let plan = plan.source(patience).destination(patience);
         let destination = plan.serve(&site);
-        let line = Proxy::to(&destination.address);
+        let way = if link == "quic" { Proxy::of_datagrams_to } else { Proxy::to };
+        let line = way(&destination.address);
         let source = plan.source_to(&site, stamp.pid(), line.address());
         for tool in [&source.tool, &destination.tool] {
             tool.wait_line("phase=\"push\"", STEP);
@@ -88,7 +88,13 @@ fn a_link_that_is_cut_pauses_the_move() {
         stamp.give_up();
         line.cut();
         Ended { source: source.wait(MOVE), destination: destination.wait(STEP) }.assert_paused();
+        // Neither killed nor let go: what is missing at the destination is waited for.
+        let moved = site.moved(stamp.pid()).expect("the moved process");
+        assert!(!processes::has_ended(moved));
+        stamp.assert_alone();
         assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
+        processes::signal(moved, Signal::SIGKILL);
+        assert_ends(moved, STEP);
     }
 }
 

@@ -13,7 +13,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
@@ -22,6 +22,7 @@ use kernel::poll::PollSet;
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
 
+use crate::awake::Awake;
 use crate::inflight::{Asked, InFlight, Purpose, Waiter};
 use crate::journal::What;
 use crate::keeper::{KeeperHandle, Owner};
@@ -101,6 +102,7 @@ pub struct FaultLoop<U> {
     deferred: Vec<Deferred>,
     /// Faults that need nothing of the source, whose address space is changing: who was served, and where.
     unresolved: Vec<(usize, TaskAddr)>,
+    awake: Awake,
     polled: PollSet,
     events: EventBuffer,
     commands: Mailbox<Command<U>>,
@@ -135,6 +137,7 @@ impl<U: Upstream> FaultLoop<U> {
             in_flight: InFlight::default(),
             deferred: Vec::new(),
             unresolved: Vec::new(),
+            awake: Awake::default(),
             polled: PollSet::default(),
             events: EventBuffer::default(),
             commands,
@@ -353,6 +356,9 @@ impl<U: Upstream> FaultLoop<U> {
             return Ok(());
         }
         self.publish_demand();
+        if asked > 0 && self.upstream.as_ref().is_some_and(|upstream| upstream.background().is_none()) {
+            self.awake.fault(self.in_flight.demands(), now, tree.pushed_bytes.load(Ordering::Relaxed));
+        }
         if let Some(kind) = unknown {
             self.notify(Notice::Broken(format!("the kernel sent an unknown userfaultfd event {kind:#x}")));
         }
@@ -530,8 +536,10 @@ impl<U: Upstream> FaultLoop<U> {
         }
         if pages > 0 {
             let asked = Asked { pages, ..asked };
-            self.tree.lock(asked.family).announced(asked.first, pages);
-            if let Err(blocked) = self.install(&asked, data) {
+            let tree = self.tree.clone();
+            let mut family = tree.lock(asked.family);
+            family.announced(asked.first, pages);
+            if let Err(blocked) = self.install(family, &asked, data) {
                 tracing::debug!(?blocked, "install deferred");
                 self.deferred.push(Deferred { asked, data: data.to_vec(), since: Instant::now() });
             }
@@ -577,9 +585,12 @@ impl<U: Upstream> FaultLoop<U> {
     }
 
     /// Installs an answer; `Err` if the address space cannot take it now.
-    fn install(&mut self, asked: &Asked, data: &[u8]) -> Result<(), Blocked> {
-        let tree = self.tree.clone();
-        let mut family = tree.lock(asked.family);
+    fn install(
+        &mut self,
+        mut family: MutexGuard<'_, TaskFamily>,
+        asked: &Asked,
+        data: &[u8],
+    ) -> Result<(), Blocked> {
         // If the waiter's page is not remote where it waits (dropped or moved meanwhile), no copy wakes it.
         let unreached = asked.waiter.filter(|waiter| {
             family.space(waiter.space).and_then(|space| space.remote_at(waiter.at)) != Some(asked.first)
@@ -617,7 +628,8 @@ impl<U: Upstream> FaultLoop<U> {
 
     fn retry_deferred(&mut self) {
         for Deferred { asked, data, since } in std::mem::take(&mut self.deferred) {
-            match self.install(&asked, &data) {
+            let tree = self.tree.clone();
+            match self.install(tree.lock(asked.family), &asked, &data) {
                 Ok(()) => {}
                 Err(Blocked::Unregistered) if since.elapsed() > limits::UNREGISTERED_PATIENCE => {
                     let mut family = self.tree.lock(asked.family);

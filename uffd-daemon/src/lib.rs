@@ -9,12 +9,13 @@
 //! - [`cache`]: pages that came before the freeze, until they are installed
 //! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked;
 //!   [`background`]: how those are installed that nobody waits for
-//! - [`steering`]: where the threads of both run
+//! - [`steering`]: where the threads of both run; [`awake`]: processors that do not go to sleep between two faults
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies; [`journal`]: what it has to know of their address spaces
 //! - [`state`], [`takeover`], [`abandon`]: what becomes of a move whose daemon has ended
 #![forbid(unsafe_code)]
 
 pub mod abandon;
+pub mod awake;
 pub mod background;
 pub mod barrier;
 pub mod cache;

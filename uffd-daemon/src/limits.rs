@@ -24,6 +24,9 @@ pub const INSTALL_SLICE_PAGES: usize = 16;
 pub const SWEEP_PAGES: u64 = 4096;
 /// How long the push lane may be quiet before settled pages are looked for and acknowledged.
 pub const ACK_INTERVAL: Duration = Duration::from_millis(100);
+/// Settled runs that are acknowledged together. Each message wakes a thread of the source, on a processor that has
+/// better things to do; the source keeps a page no longer than [`ACK_INTERVAL`] for it.
+pub const ACKED_TOGETHER: usize = 16;
 /// How long an address may be unregistered with no event about it before its pages count as unmapped.
 pub const UNREGISTERED_PATIENCE: Duration = Duration::from_secs(2);
 /// How long restore may take from the last image to the switchover.

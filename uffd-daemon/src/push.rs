@@ -89,6 +89,7 @@ impl PushLane {
         }
         let tree = self.tree.clone();
         let _steered = tree.push_thread.this_thread();
+        let _pump = self.stream.pump_thread().map(|thread| tree.push_pump.thread(thread));
         loop {
             if self.swept.elapsed() >= limits::ACK_INTERVAL || self.tree.settled_at().is_some() {
                 self.sweep()?;
@@ -130,6 +131,7 @@ impl PushLane {
             at += pages;
         }
         self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
+        self.tree.pushed_bytes.fetch_add(frame.data_len as u64, Ordering::Relaxed);
         let mut family = self.tree.lock_last(position);
         family.acknowledge(first, first + run.pages, RUNS_PER_ACK_MAX, &mut self.acks);
         let complete = family.remote_pages() == 0;
@@ -137,7 +139,8 @@ impl PushLane {
         if complete {
             self.tree.check_settled();
         }
-        self.send_acks()
+        // What stays is sent with the next frames, or by the next sweep.
+        if complete || self.acks.len() >= limits::ACKED_TOGETHER { self.send_acks() } else { Ok(()) }
     }
 
     /// Position of the frame's family, and the index of its first page there.

@@ -13,7 +13,7 @@ use host::placement::{self, Processors};
 use crate::limits;
 use crate::tree::Tree;
 
-/// A thread to steer: it says itself who it is.
+/// A thread to steer, once it is known who it is.
 #[derive(Debug, Default)]
 pub struct Steered(AtomicI32);
 
@@ -21,7 +21,13 @@ impl Steered {
     /// The calling thread is the one, until what this returns is dropped.
     #[must_use]
     pub fn this_thread(&self) -> impl Drop {
-        self.0.store(placement::this_thread(), Ordering::Relaxed);
+        self.thread(placement::this_thread())
+    }
+
+    /// This thread is the one, until what this returns is dropped.
+    #[must_use]
+    pub fn thread(&self, id: i32) -> impl Drop {
+        self.0.store(id, Ordering::Relaxed);
         Here(self)
     }
 
@@ -77,8 +83,9 @@ impl Steering {
                 let forgotten = quiet >= limits::STEERING_MEMORY;
                 if found != avoided && (forgotten || found != Processors::none()) {
                     avoided = found;
-                    tree.push_thread.keep(allowed.without(found));
-                    tree.installing_thread.keep(allowed.without(found));
+                    for push in [&tree.push_thread, &tree.push_pump, &tree.installing_thread] {
+                        push.keep(allowed.without(found));
+                    }
                     tree.fault_thread.keep(allowed.just(found.only()));
                 }
             }

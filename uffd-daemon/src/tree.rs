@@ -34,12 +34,16 @@ pub struct Tree {
     pub demands: AtomicU64,
     /// Faults on pages that were kept here, ever.
     pub local_faults: AtomicU64,
+    /// Bytes that came unasked, ever.
+    pub pushed_bytes: AtomicU64,
     /// The fault loop.
     pub fault_thread: Steered,
     /// The push.
     pub push_thread: Steered,
     /// What installs kept pages.
     pub installing_thread: Steered,
+    /// What carries the push lane for it, on QUIC.
+    pub push_pump: Steered,
     /// Who waits for a family and is not the push.
     urgent: AtomicU32,
     settled_at: OnceLock<Instant>,
@@ -60,9 +64,11 @@ impl Tree {
             demand_outstanding: AtomicU32::new(0),
             demands: AtomicU64::new(0),
             local_faults: AtomicU64::new(0),
+            pushed_bytes: AtomicU64::new(0),
             fault_thread: Steered::default(),
             push_thread: Steered::default(),
             installing_thread: Steered::default(),
+            push_pump: Steered::default(),
             urgent: AtomicU32::new(0),
             settled_at: OnceLock::new(),
             journal: OnceLock::new(),

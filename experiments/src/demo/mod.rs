@@ -66,9 +66,7 @@ pub struct Options {
 /// If it cannot be set up, or a step of it does not end in time.
 pub fn run(options: &Options, common: &Common) -> anyhow::Result<ExitCode> {
     let criu = Criu::find(common.criu.as_deref())?;
-    for stale in Lab::sweep() {
-        common.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
-    }
+    common.sweep_labs();
     Lab::remove_on_signal()?;
     let work = WorkDir::new(common.work_dir.as_deref())?;
     // Made first and so dropped last: with it ends whatever still runs in the hosts, the moved redis included.

@@ -76,9 +76,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
         common.say(&format!("skipped: {reason}"));
         return Ok(ExitCode::SUCCESS);
     }
-    for stale in Lab::sweep() {
-        common.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
-    }
+    common.sweep_labs();
     let seconds = Duration::from_secs;
     let case = if options.smoke {
         Case { mib: 64, peak: seconds(1), before: seconds(1), after: seconds(2) }

@@ -70,9 +70,7 @@ impl fmt::Display for Case {
 /// If nothing works, or the results cannot be written.
 pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     let criu = Criu::find(common.criu.as_deref())?;
-    for stale in Lab::sweep() {
-        common.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
-    }
+    common.sweep_labs();
     for (kind, reason) in kinds::missing() {
         common.say(&format!("skipped: {kind}: {reason}"));
     }
@@ -139,14 +137,9 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
     );
     let round_trip_us = round_trip.as_secs_f64() * 1e6;
     row.push("round_trip_us", round_trip_us);
-    #[expect(clippy::cast_precision_loss, reason = "counts and times below 2^53")]
+    row.push_latency(&latency);
+    #[expect(clippy::cast_precision_loss, reason = "times below 2^53")]
     for (column, value) in [
-        ("faults", latency.count as f64),
-        ("mean_us", latency.mean),
-        ("p50_us", latency.p50),
-        ("p90_us", latency.p90),
-        ("p99_us", latency.p99),
-        ("max_us", latency.max),
         ("p50_round_trips", latency.p50 / round_trip_us),
         ("p99_round_trips", latency.p99 / round_trip_us),
         ("push_mib_s", observed.push_mib_s),

@@ -221,16 +221,7 @@ impl Measured {
 
     /// The columns that every mover has, in the order of the table.
     pub fn add_to(&self, row: &mut Row) {
-        let Latency { count, mean, p50, p90, p99, p99_9, max } = self.latency();
-        #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
-        row.push("faults", count as f64);
-        let waited = |value: f64| (count > 0).then_some(value);
-        row.push("mean_us", waited(mean));
-        row.push("p50_us", waited(p50));
-        row.push("p90_us", waited(p90));
-        row.push("p99_us", waited(p99));
-        row.push("p99_9_us", waited(p99_9));
-        row.push("max_us", waited(max));
+        row.push_latency(&self.latency());
         row.push("last_page_ms", self.last_page_ms);
         row.push("blackout_ms", self.blackout_ms);
         row.push("source_cpu_s_per_gib", self.source.cpu_s / self.gib());

@@ -30,6 +30,8 @@ pub use folder::Folder;
 pub use hgrm::{Percentile, Percentiles};
 pub use table::{Group, Record, Spread, Table, number};
 
+use crate::report::Latency;
+
 /// The file with a line per run.
 pub const TABLE: &str = "runs.csv";
 /// The file that says what it was measured on.
@@ -181,6 +183,22 @@ impl Row {
     /// Adds a result.
     pub fn push(&mut self, column: &'static str, value: impl Into<Option<f64>>) {
         self.numbers.push((column, value.into()));
+    }
+
+    /// Adds the columns of a latency, in microseconds; without a sample, only that there was none.
+    pub fn push_latency(&mut self, latency: &Latency) {
+        #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
+        self.push("faults", latency.count as f64);
+        for (column, value) in [
+            ("mean_us", latency.mean),
+            ("p50_us", latency.p50),
+            ("p90_us", latency.p90),
+            ("p99_us", latency.p99),
+            ("p99_9_us", latency.p99_9),
+            ("max_us", latency.max),
+        ] {
+            self.push(column, (latency.count > 0).then_some(value));
+        }
     }
 
     /// What files of this run are called.

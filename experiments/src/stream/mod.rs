@@ -65,9 +65,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
         common.say(&format!("skipped: {reason}"));
         return Ok(ExitCode::SUCCESS);
     }
-    for stale in Lab::sweep() {
-        common.say(&format!("removed {stale}, left behind by a lab whose process is gone"));
-    }
+    common.sweep_labs();
     let mib = options.mib.unwrap_or(if options.smoke { 64 } else { 512 });
     let rates: &[u32] = if options.smoke { &[1000] } else { &[1000, 4000] };
     let groups: Vec<Vec<Case>> = rates.iter().map(|&mbit| vec![Case { mbit, mib }]).collect();

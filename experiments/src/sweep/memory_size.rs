@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 
-use super::Case;
+use super::{COSTS, Case};
 use crate::cli::Common;
 use crate::moving::{Config, Mover, Reads};
 use crate::page::{against_floors, by_case, latencies, medians};
@@ -72,21 +72,7 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
         "# memory-size: what grows with the memory\n\n\
          A process is moved over TCP loopback and reads its pages at random, back to back, until all have arrived.\n\n",
     );
-    let told = [
-        "mean_us",
-        "p50_us",
-        "p99_us",
-        "max_us",
-        "last_page_ms",
-        "blackout_ms",
-        "own_share_ms",
-        "gib_per_s",
-        "source_cpu_s_per_gib",
-        "destination_cpu_s_per_gib",
-        "source_peak_mib",
-        "destination_peak_mib",
-    ];
-    text += &medians(&folder.table, &told);
+    text += &medians(&folder.table, &COSTS);
     text += &against_floors(folder)?;
     let size = |group: &Group<'_>| group.value("mib").parse().ok();
     let mib = || Axis::new("memory in MiB", Scale::Log);

@@ -23,6 +23,22 @@ use crate::moving::{Config, Programs, measure};
 use crate::results::Row;
 use crate::scenario::RunOptions;
 
+/// The columns that say what a move costs: its faults, its times, and what both sides spend.
+const COSTS: [&str; 12] = [
+    "mean_us",
+    "p50_us",
+    "p99_us",
+    "max_us",
+    "last_page_ms",
+    "blackout_ms",
+    "own_share_ms",
+    "gib_per_s",
+    "source_cpu_s_per_gib",
+    "destination_cpu_s_per_gib",
+    "source_peak_mib",
+    "destination_peak_mib",
+];
+
 /// One case.
 #[derive(Clone, Debug)]
 pub struct Case {

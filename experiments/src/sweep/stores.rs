@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::Case;
+use super::{COSTS, Case};
 use crate::cli::Common;
 use crate::moving::{Config, Mover, Ours, Reads};
 use crate::page::{against_floors, latencies, medians};
@@ -46,20 +46,7 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
          memory file system and restored from there by `uffd-daemon lazy-pages`, without any network: its blackout \
          includes writing the images, and its source is `criu dump`.\n\n",
     );
-    let told = [
-        "mean_us",
-        "p50_us",
-        "p99_us",
-        "max_us",
-        "last_page_ms",
-        "blackout_ms",
-        "gib_per_s",
-        "source_cpu_s_per_gib",
-        "destination_cpu_s_per_gib",
-        "source_peak_mib",
-        "destination_peak_mib",
-    ];
-    text += &medians(&folder.table, &told);
+    text += &medians(&folder.table, &COSTS);
     text += &against_floors(folder)?;
     for (load, ..) in LOADS {
         let wanted = |group: &Group<'_>| group.value("load") == load;

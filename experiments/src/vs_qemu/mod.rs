@@ -131,19 +131,9 @@ fn row(case: Case, run: usize, latency: &Latency, drain_ms: f64, blackout_ms: f6
         ("background", case.background.to_string()),
     ];
     let mut row = Row::new(case, run);
-    #[expect(clippy::cast_precision_loss, reason = "counts below 2^53")]
-    for (column, value) in [
-        ("faults", latency.count as f64),
-        ("mean_us", latency.mean),
-        ("p50_us", latency.p50),
-        ("p90_us", latency.p90),
-        ("p99_us", latency.p99),
-        ("max_us", latency.max),
-        ("drain_ms", drain_ms),
-        ("blackout_ms", blackout_ms),
-    ] {
-        row.push(column, value);
-    }
+    row.push_latency(latency);
+    row.push("drain_ms", drain_ms);
+    row.push("blackout_ms", blackout_ms);
     row
 }
 

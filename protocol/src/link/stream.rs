@@ -19,7 +19,7 @@ use crate::wire::limits;
 /// asked for again. The kernel's own tuning stops far below on loopback, and is right for a long link.
 const PUSH_BUFFER: usize = 1 << 20;
 /// Round trip up to which a link is short: 1 MiB is what 10 Gbit/s carry meanwhile.
-const SHORT_LINK: Duration = Duration::from_micros(800);
+pub(super) const SHORT_LINK: Duration = Duration::from_micros(800);
 
 /// A connected stream of one role.
 #[derive(Debug)]
@@ -153,6 +153,13 @@ impl Stream {
             }
             Self::Unix(_) => None,
         }
+    }
+
+    /// The thread of this process that carries the connection beside the one that uses it (a push or control
+    /// connection on QUIC has one), while it runs.
+    #[must_use]
+    pub fn pump_thread(&self) -> Option<i32> {
+        if let Self::Quic(stream) = self { stream.pump_thread() } else { None }
     }
 
     /// How long one send or receive may wait; `None` is for ever.

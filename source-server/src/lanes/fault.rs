@@ -1,4 +1,8 @@
 //! Demand requests in, pages out. One thread that waits for nothing but the next request.
+//!
+//! What came in one receive is answered in one send, up to [`limits::ANSWERS_BYTES`]: many threads that fault share the
+//! cost of the system call and of the wake-up at the other end. A single fault is never held back for another, and
+//! what was only asked for ahead does not delay the fault in front of it.
 
 use std::sync::atomic::Ordering;
 
@@ -14,6 +18,9 @@ use crate::store::Scratch;
 
 /// Requests that one receive may take.
 const REQUESTS: usize = 64;
+/// Largest answer: it is added to at most [`limits::ANSWERS_BYTES`].
+const ANSWER_MAX: usize =
+    limits::ANSWERS_BYTES + RUN_HEADER_LEN + protocol::wire::limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE;
 
 /// Serves the fault lane until it ends. Every request is answered, whatever was pushed before.
 ///
@@ -33,7 +40,7 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(&broken)?;
     let mut buffer = vec![0; REQUESTS * RUN_HEADER_LEN];
-    let mut page = vec![0; PAGE_SIZE];
+    let mut answers = Answers { lanes, lane, bytes: Vec::with_capacity(ANSWER_MAX), ahead: false };
     let mut filled = 0;
     let allowed = Processors::allowed().ok();
     let mut home = None;
@@ -50,11 +57,10 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             if !matches!(frame.kind, Kind::Demand | Kind::Prefetch) {
                 return Err(unexpected(frame.kind).into());
             }
-            // The first is what a thread waits for; those behind it, mostly asked for ahead, may travel together.
-            let more = used > 0 && filled - used >= 2 * RUN_HEADER_LEN;
-            answer(lanes, lane, &mut scratch, &mut page, &frame, more)?;
+            answers.add(&mut scratch, &frame)?;
             used += RUN_HEADER_LEN;
         }
+        answers.send()?;
         lanes.fault_served.store(false, Ordering::Relaxed);
         // Where the requests arrive: the next one need not wake another processor.
         if let (Some(allowed), Some(cpu)) = (allowed, lane.incoming_processor()) {
@@ -74,46 +80,63 @@ fn unexpected(kind: Kind) -> protocol::wire::codec::CodecError {
     protocol::wire::codec::CodecError::Meaning { field: "frame kind on this lane", value: kind as u64 }
 }
 
-/// Answers one request: a `Demand` whatever was sent before, a `Prefetch` up to the first page that was.
-fn answer(
-    lanes: &Lanes,
-    lane: &Stream,
-    scratch: &mut Scratch,
-    page: &mut Vec<u8>,
-    request: &RunFrame,
-    more: bool,
-) -> Result<(), LaneError> {
-    let broken = LaneError::io("fault");
-    let TaskRun { task, run } = request.what;
-    let first = index_of(&lanes.map, &request.what)?;
-    let ahead = request.kind == Kind::Prefetch;
-    let wanted = if ahead { lanes.ledger().take_unsent_from(first, run.pages) } else { run.pages };
-    let wanted = usize::try_from(wanted).unwrap_or(0);
-    page.resize(wanted.max(1) * PAGE_SIZE, 0);
-    let mut pages = 0;
-    for (i, slot) in page.chunks_exact_mut(PAGE_SIZE).take(wanted).enumerate() {
-        if !lanes.store.read(scratch, first + i as u64, slot)? {
-            break;
+/// Answers that were not sent yet.
+struct Answers<'a> {
+    lanes: &'a Lanes,
+    lane: &'a Stream,
+    bytes: Vec<u8>,
+    /// The last of them was asked for ahead.
+    ahead: bool,
+}
+
+impl Answers<'_> {
+    /// Adds the answer to one request: to a `Demand` whatever was sent before, to a `Prefetch` up to the first page
+    /// that was.
+    fn add(&mut self, scratch: &mut Scratch, request: &RunFrame) -> Result<(), LaneError> {
+        let TaskRun { task, run } = request.what;
+        let first = index_of(&self.lanes.map, &request.what)?;
+        let ahead = request.kind == Kind::Prefetch;
+        if ahead != self.ahead || self.bytes.len() >= limits::ANSWERS_BYTES {
+            self.send()?;
         }
-        pages += 1;
+        self.ahead = ahead;
+        let wanted = if ahead { self.lanes.ledger().take_unsent_from(first, run.pages) } else { run.pages };
+        let wanted = usize::try_from(wanted).unwrap_or(0);
+        let at = self.bytes.len();
+        let data = at + RUN_HEADER_LEN;
+        self.bytes.resize(data + wanted * PAGE_SIZE, 0);
+        let mut pages = 0;
+        for (i, slot) in self.bytes[data..].chunks_exact_mut(PAGE_SIZE).enumerate() {
+            if !self.lanes.store.read(scratch, first + i as u64, slot)? {
+                break;
+            }
+            pages += 1;
+        }
+        let head = if let Some(run) = PageRun::new(run.start, pages) {
+            self.bytes.truncate(data + usize::try_from(pages).unwrap_or(0) * PAGE_SIZE);
+            TaskRun { task, run }.frame(Kind::Pages, request.id, self.bytes.len() - data)
+        } else {
+            // Acknowledged and freed, so the page is there and whoever waits only has to look again; or not worth
+            // sending ahead.
+            self.bytes.truncate(data);
+            request.what.frame(if ahead { Kind::Declined } else { Kind::Settled }, request.id, 0)
+        };
+        self.bytes[at..data].copy_from_slice(&head);
+        if pages > 0 && (ahead || self.lanes.ledger().sent(first, pages)) {
+            // A page that is on its way already says that the push is near.
+            self.lanes.want(first + pages);
+        }
+        Ok(())
     }
-    let Some(run) = PageRun::new(run.start, pages) else {
-        // Acknowledged and freed, so the page is there and whoever waits only has to look again; or not worth
-        // sending ahead.
-        let kind = if ahead { Kind::Declined } else { Kind::Settled };
-        let head = request.what.frame(kind, request.id, 0);
-        lanes.fault_bytes.fetch_add(head.len() as u64, Ordering::Relaxed);
-        lane.send_all(&head, more).map_err(broken)?;
-        return Ok(());
-    };
-    let data = &page[..usize::try_from(pages).unwrap_or(0) * PAGE_SIZE];
-    let head = TaskRun { task, run }.frame(Kind::Pages, request.id, data.len());
-    // Before they are sent: the move may be over, and reported, as soon as they have arrived.
-    lanes.fault_bytes.fetch_add((head.len() + data.len()) as u64, Ordering::Relaxed);
-    lane.send_both(&head, data, more).map_err(broken)?;
-    if ahead || lanes.ledger().sent(first, pages) {
-        // A page that is on its way already says that the push is near.
-        lanes.want(first + pages);
+
+    fn send(&mut self) -> Result<(), LaneError> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        // Before they are sent: the move may be over, and reported, as soon as they have arrived.
+        self.lanes.fault_bytes.fetch_add(self.bytes.len() as u64, Ordering::Relaxed);
+        self.lane.send_all(&self.bytes, false).map_err(LaneError::io("fault"))?;
+        self.bytes.clear();
+        Ok(())
     }
-    Ok(())
 }

@@ -70,20 +70,12 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     let mut runs = Vec::new();
     let mut id = 0;
     let mut throttle = Throttle::new(pace);
-    let allowed = Processors::allowed().ok();
-    let mut avoided = None;
+    let mut aside = Aside::new();
     while let Some(chunk) = order.next(lanes.take_wanted()) {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let busy = lanes.busy_processor();
-        if let (Some(allowed), true) = (allowed, busy != avoided) {
-            avoided = busy;
-            let mut busy = Processors::none();
-            avoided.into_iter().for_each(|cpu| busy.add(cpu));
-            // If it is refused, the thread runs wherever it did.
-            let _ = allowed.without(busy).keep(0);
-        }
+        aside.follow(lanes, lane.pump_thread());
         while lanes.fault_served.load(Ordering::Relaxed) {
             std::thread::yield_now();
         }
@@ -103,6 +95,31 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         window.follow(lane);
     }
     Ok(())
+}
+
+/// Keeps a thread of the push off the processor that serves faults, as long as it does.
+struct Aside {
+    allowed: Option<Processors>,
+    avoided: Option<usize>,
+}
+
+impl Aside {
+    fn new() -> Self {
+        Self { allowed: Processors::allowed().ok(), avoided: None }
+    }
+
+    /// Moves the calling thread, and `other` with it, when faults are served elsewhere than before.
+    fn follow(&mut self, lanes: &Lanes, other: Option<i32>) {
+        let busy = lanes.busy_processor();
+        let Some(allowed) = self.allowed.filter(|_| busy != self.avoided) else { return };
+        self.avoided = busy;
+        let mut processors = Processors::none();
+        busy.into_iter().for_each(|cpu| processors.add(cpu));
+        for thread in other.into_iter().chain([0]) {
+            // If it is refused, the thread runs wherever it did.
+            let _ = allowed.without(processors).keep(thread);
+        }
+    }
 }
 
 /// Holds a sender to its pace.
@@ -149,6 +166,7 @@ pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let broken = LaneError::io("push");
     let mut head = [0; HEADER_LEN];
     let mut body = Vec::new();
+    let mut aside = Aside::new();
     while lanes.ledger().missing() > 0 {
         while !waiting::link_within(lane, limits::LANE_LOOK_INTERVAL).map_err(&broken)? {
             // A busy destination may take any time to read; one whose kernel is silent is gone.
@@ -157,6 +175,7 @@ pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             }
         }
         lane.receive_all(&mut head).map_err(&broken)?;
+        aside.follow(lanes, None);
         let header = Header::decode(&head)?;
         if header.kind != Kind::Ack {
             let error = CodecError::Meaning { field: "frame kind on this lane", value: header.kind as u64 };

@@ -52,6 +52,8 @@ pub(super) struct Engine {
     ended: bool,
     /// The peer has everything we sent.
     delivered: bool,
+    /// Something happened since the last time there was nothing to send.
+    touched: bool,
 }
 
 impl AsFd for Engine {
@@ -83,6 +85,7 @@ impl Engine {
             lost: None,
             ended: false,
             delivered: false,
+            touched: true,
         })
     }
 
@@ -120,13 +123,29 @@ impl Engine {
         Ok(self.flush(now)? || more)
     }
 
-    /// As [`Engine::turn`], but what has come stays in the socket, which goes on to be readable.
+    /// Receives what is there and sends nothing: what there is to say about it travels with the next data, or with
+    /// the next [`Engine::flush`]. Whether there may be more.
+    pub(super) fn receive(&mut self, now: Instant) -> io::Result<bool> {
+        let mut incoming = std::mem::take(&mut self.incoming);
+        let result = self.receive_into(&mut incoming, now);
+        self.incoming = incoming;
+        self.take_events();
+        result
+    }
+
+    /// Lets timers expire and sends what is due; what has come stays in the socket, which goes on to be readable.
     pub(super) fn flush(&mut self, now: Instant) -> io::Result<bool> {
         if self.connection.poll_timeout().is_some_and(|timeout| timeout <= now) {
             self.connection.handle_timeout(now);
+            self.touched = true;
+        }
+        if !self.touched {
+            return Ok(false);
         }
         self.take_events();
-        self.transmit(now)
+        let more = self.transmit(now)?;
+        self.touched = more || self.unsent.is_some();
+        Ok(more)
     }
 
     /// When [`Engine::turn`] is due although nothing came.
@@ -134,16 +153,21 @@ impl Engine {
         self.connection.poll_timeout()
     }
 
+    /// Lets less be on its way than [`super::WINDOW`], both what is sent and what is received.
+    pub(super) fn narrow(&mut self, window: u32) {
+        self.touched = true;
+        self.connection.set_send_window(u64::from(window));
+        self.connection.set_receive_window(VarInt::from_u32(window));
+    }
+
+    /// Round trip as measured so far.
+    pub(super) fn round_trip(&self) -> Duration {
+        self.connection.rtt()
+    }
+
     /// What to wait for on the socket.
     pub(super) const fn interest(&self) -> PollFlags {
         if self.unsent.is_some() { PollFlags::POLLIN.union(PollFlags::POLLOUT) } else { PollFlags::POLLIN }
-    }
-
-    fn receive(&mut self, now: Instant) -> io::Result<bool> {
-        let mut incoming = std::mem::take(&mut self.incoming);
-        let result = self.receive_into(&mut incoming, now);
-        self.incoming = incoming;
-        result
     }
 
     fn receive_into(&mut self, incoming: &mut [u8], now: Instant) -> io::Result<bool> {
@@ -176,6 +200,7 @@ impl Engine {
     }
 
     fn datagram(&mut self, now: Instant, meta: &RecvMeta, datagram: &[u8]) {
+        self.touched = true;
         let ecn = meta.ecn.and_then(|ecn| EcnCodepoint::from_bits(ecn as u8));
         let mut reply = Vec::new();
         match self.endpoint.handle(now, self.remote, None, ecn, BytesMut::from(datagram), &mut reply) {
@@ -243,6 +268,7 @@ impl Engine {
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.check_open()?;
         let Some(stream) = self.stream else { return Ok(0) };
+        self.touched = true;
         match self.connection.send_stream(stream).write(bytes) {
             Ok(written) => Ok(written),
             Err(WriteError::Blocked) => Ok(0),
@@ -269,6 +295,7 @@ impl Engine {
 
     fn read_stream(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let Some(stream) = self.stream.filter(|_| !self.ended) else { return Ok(0) };
+        self.touched = true;
         let mut stream = self.connection.recv_stream(stream);
         let mut chunks = match stream.read(true) {
             Ok(chunks) => chunks,
@@ -293,13 +320,14 @@ impl Engine {
                 Err(ReadError::Reset(_)) => return Err(io::ErrorKind::ConnectionReset.into()),
             }
         }
-        // The next turn sends what there is to say about windows.
+        // The next flush sends what there is to say about windows.
         let _ = chunks.finalize();
         Ok(filled)
     }
 
     /// Says that nothing more will be sent.
     pub(super) fn finish(&mut self) {
+        self.touched = true;
         if let Some(stream) = self.stream {
             // An error means that it is over already.
             let _ = self.connection.send_stream(stream).finish();

@@ -37,6 +37,7 @@ use self::engine::{Engine, Unestablished, alert, wait};
 use self::pump::Pumped;
 use super::SecureEndpoint;
 use super::credentials::{Credentials, Fingerprint};
+use super::stream::SHORT_LINK;
 use super::tls::TlsError;
 use crate::wire::hello::Role;
 use crate::wire::limits;
@@ -48,6 +49,8 @@ pub(super) use self::listener::{QuicAccepted, QuicListener};
 const MTU_MAX: u16 = 6500;
 /// What may be on its way unacknowledged, and what a receiver takes unread: a 10 Gbit/s link with 6 ms delay.
 const WINDOW: u32 = 8 << 20;
+/// The same for a push lane on a short link ([`SHORT_LINK`]): more on its way would only fill caches and queues.
+const SHORT_WINDOW: u32 = 1 << 20;
 /// What may be sent at once to begin with: 64 KiB, as lanes are few and the first images are large.
 const FIRST_WINDOW: u64 = 64 << 10;
 /// Socket buffers: datagrams that come while their thread is busy.
@@ -155,11 +158,23 @@ impl QuicStream {
         };
         match Arc::try_unwrap(self.0) {
             Ok(Kind::Inline(inline)) => {
-                let engine = inline.engine.into_inner().unwrap_or_else(PoisonError::into_inner);
+                let mut engine = inline.engine.into_inner().unwrap_or_else(PoisonError::into_inner);
+                if role == Role::Push && engine.round_trip() < SHORT_LINK {
+                    engine.narrow(SHORT_WINDOW);
+                }
                 Ok(Self(Arc::new(Kind::Pumped(Pumped::start(engine, name)?, inline.peer))))
             }
             Ok(pumped) => Ok(Self(Arc::new(pumped))),
             Err(shared) => Ok(Self(shared)),
+        }
+    }
+
+    /// The thread that carries the connection, if its user does not, while it runs.
+    #[must_use]
+    pub fn pump_thread(&self) -> Option<i32> {
+        match &*self.0 {
+            Kind::Inline(_) => None,
+            Kind::Pumped(pumped, _) => pumped.thread_id(),
         }
     }
 
@@ -281,30 +296,32 @@ impl QuicStream {
     }
 
     /// Receives what is there: `None` if nothing is, `Some(0)` at the end. Unless `buffer` is filled, more comes only
-    /// with the next datagram.
+    /// with the next datagram. Sends nothing: [`QuicStream::tend`] follows once what came has been seen to.
     ///
     /// # Errors
     /// As [`QuicStream::send_all`].
     pub fn receive_some(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let inline = self.inline()?;
         let mut engine = lock(&inline.engine);
-        while engine.turn(Instant::now())? {}
+        while engine.receive(Instant::now())? {}
         if inline.closed.load(Ordering::Relaxed) {
             return Ok(Some(0));
         }
         engine.read(buffer)
     }
 
-    /// Lets the timers of a connection expire that its user drives, and says when the next one is due. Takes nothing in.
+    /// Lets the timers of a connection expire that its user drives, sends what there is to say about what came, and
+    /// says when the next timer is due. Takes nothing in.
     ///
     /// # Errors
     /// What the socket says; `ConnectionAborted` if the connection was lost.
     pub fn tend(&self) -> io::Result<Option<Instant>> {
         let Kind::Inline(inline) = &*self.0 else { return Ok(None) };
         let mut engine = lock(&inline.engine);
-        let now = Instant::now();
-        if engine.timeout().is_some_and(|timeout| timeout <= now) {
-            engine.flush(now)?;
+        let expired = engine.timeout().is_some_and(|timeout| timeout <= Instant::now());
+        while engine.flush(Instant::now())? {}
+        // A connection that the peer has closed is for the next receive to find, behind what it sent before.
+        if expired {
             engine.check_open()?;
         }
         Ok(engine.timeout())
@@ -316,20 +333,21 @@ impl Inline {
         lock(&self.timeout).map(|timeout| Instant::now() + timeout)
     }
 
-    /// Waits for the socket or a timer, and sees to both.
+    /// Sends what is due, waits for the socket or a timer, and takes in what came.
     fn wait(&self, until: Option<Instant>) -> io::Result<()> {
         if until.is_some_and(|until| until <= Instant::now()) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let (timer, interest) = {
             let mut engine = lock(&self.engine);
+            while engine.flush(Instant::now())? {}
             (engine.timeout(), engine.interest())
         };
         wait(self.socket.as_fd(), interest, timer.into_iter().chain(until).min())?;
         if self.closed.load(Ordering::Relaxed) {
             return Ok(());
         }
-        lock(&self.engine).turn(Instant::now()).map(drop)
+        lock(&self.engine).receive(Instant::now()).map(drop)
     }
 
     fn shutdown(&self) {

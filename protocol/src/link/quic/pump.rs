@@ -7,16 +7,20 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags};
+use nix::unistd::gettid;
 
 use super::engine::{Engine, poll_all};
 
 /// Bytes that wait in each direction between pair and stream.
 const BUFFER: usize = 256 << 10;
+/// What the kernel keeps between a user and the pump, each way: what is there of the push is on its way as well.
+const PAIR_BUFFER: usize = 256 << 10;
 /// How long the peer may take to acknowledge what was sent before the end.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -26,6 +30,8 @@ pub(super) struct Pumped {
     pub(super) pair: UnixStream,
     why: Arc<Mutex<Option<String>>>,
     thread: Option<JoinHandle<()>>,
+    /// Zero while it does not run.
+    id: Arc<AtomicI32>,
 }
 
 impl Pumped {
@@ -34,13 +40,24 @@ impl Pumped {
         let (pair, far) = UnixStream::pair()?;
         for end in [&pair, &far] {
             // Refused values are clamped by the kernel, not errors.
-            let _ = socket2::SockRef::from(end).set_send_buffer_size(4 * BUFFER);
+            let _ = socket2::SockRef::from(end).set_send_buffer_size(PAIR_BUFFER);
         }
         far.set_nonblocking(true)?;
         let why = Arc::new(Mutex::new(None));
         let pump = Pump::new(engine, far, why.clone());
-        let thread = std::thread::Builder::new().name(name.into()).spawn(move || pump.run())?;
-        Ok(Self { pair, why, thread: Some(thread) })
+        let id = Arc::new(AtomicI32::new(0));
+        let own = id.clone();
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            own.store(gettid().as_raw(), Ordering::Relaxed);
+            pump.run();
+            own.store(0, Ordering::Relaxed);
+        })?;
+        Ok(Self { pair, why, thread: Some(thread), id })
+    }
+
+    /// The pump's thread, while it runs.
+    pub(super) fn thread_id(&self) -> Option<i32> {
+        Some(self.id.load(Ordering::Relaxed)).filter(|id| *id != 0)
     }
 
     /// Tells an end of the stream from a connection that was lost.
