@@ -198,7 +198,7 @@ fn faults_on_what_is_kept_are_resolved_without_the_source() {
     let (post, notices) = mailbox::<Notice>().unwrap();
     let latency = latency_histogram();
     let fault_loop =
-        FaultLoop::new(moved.tree.clone(), Source(asked.clone()), orders, post, None, latency.clone());
+        FaultLoop::new(moved.tree.clone(), Some(Source(asked.clone())), orders, post, None, latency.clone());
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| drop(fault_loop.run()));
         let uffd = moved.uffd.as_fd().try_clone_to_owned().unwrap();
