@@ -25,5 +25,6 @@ pub mod mailbox;
 pub mod placement;
 pub mod progress;
 pub mod report;
+pub mod state_dir;
 pub mod waiting;
 pub mod workdir;

@@ -74,6 +74,17 @@ pub fn send(socket: BorrowedFd<'_>, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::
     }
 }
 
+/// How many bytes a pipe or a socket has to be read.
+///
+/// # Errors
+/// The errno of `ioctl(FIONREAD)`.
+pub fn readable_bytes(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int to where it is told to, and `bytes` is one that lives throughout the call.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(u64::from(bytes.unsigned_abs())) }
+}
+
 /// Closes a descriptor that was handed to this process by number (a command-line option).
 ///
 /// Whoever started the process gave the number away; nothing else in it may use it.

@@ -1,19 +1,22 @@
 //! The command line: raw arguments to a checked configuration, results to exit codes.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use host::hooks::Hook;
 use host::identity::IdentityArguments;
 use host::link_options::LinkOptions;
+use host::report::Report;
+use host::state_dir::StateDir;
 use protocol::criu::page_server::HeaderLayout;
 use protocol::link::{Endpoint, LinkKind, Protection};
 
+use crate::kept;
 use crate::lanes::Pace;
 use crate::limits;
-use crate::mover::{GiveUp, MoveConfig, Mover, StoreKind};
+use crate::mover::{GiveUp, MoveConfig, MoveError, Mover, StoreKind};
 use crate::page_server::{self, Pages};
 use crate::precopy::policy::Rounds;
 
@@ -49,6 +52,13 @@ enum Verb {
                             --hook post-dump='ip addr del 192.0.2.80/24 dev eth0' -- --tcp-established"
     )]
     Move(MoveArguments),
+    /// Go on with a move whose `source-server` was killed.
+    ///
+    /// A holder process has kept the pages since the tasks were killed here; the destination waits for them. With
+    /// --store frozen, or killed before that, there is nothing to go on with: the tasks are still there, stopped.
+    ///
+    /// Exit status: 0 released, or nothing to do; 2 wrong usage; 3 paused again.
+    Resume(ResumeArguments),
     /// Serve pages with CRIU's page-server protocol.
     ///
     /// `criu lazy-pages --page-server --address A --port P` is the client. The pages come from a CRIU image
@@ -114,6 +124,8 @@ struct MoveArguments {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     #[command(flatten)]
+    state: StateArgument,
+    #[command(flatten)]
     common: Common,
     /// Passed on to criu dump
     #[arg(last = true, value_name = "CRIU-DUMP-OPTIONS")]
@@ -126,6 +138,33 @@ fn precopy_pace(text: &str) -> Result<Pace, String> {
         Ok(Pace::Off) => Err("--precopy-rounds 0 copies nothing".into()),
         other => other,
     }
+}
+
+#[derive(Debug, Args)]
+struct StateArgument {
+    /// Where word is left for `source-server resume`
+    #[arg(long, value_name = "DIR", default_value = kept::DEFAULT_DIR)]
+    state_dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct ResumeArguments {
+    #[command(flatten)]
+    state: StateArgument,
+    /// How fast the background may push: bytes per second (K, M, G), unlimited, or off
+    #[arg(long, default_value = "unlimited", value_name = "RATE")]
+    push_rate: Pace,
+    /// How long the destination is dialled: seconds, or never
+    #[arg(long, value_name = "SECONDS")]
+    give_up_after: Option<GiveUp>,
+    /// Run COMMAND at a phase: released
+    #[arg(long = "hook", value_name = "PHASE=COMMAND")]
+    hooks: Vec<Hook>,
+    /// Write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -170,6 +209,7 @@ enum HeaderArgument {
 pub fn run(arguments: Arguments) -> ExitCode {
     match arguments.command {
         Verb::Move(arguments) => run_move(arguments),
+        Verb::Resume(arguments) => run_resume(arguments),
         Verb::PageServer(arguments) => run_page_server(&arguments),
         Verb::Identity(arguments) => arguments.run("source-server"),
     }
@@ -192,9 +232,15 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         Ok(to) => to,
         Err(error) => return usage(&error),
     };
+    let state = match StateDir::open(&arguments.state.state_dir) {
+        Ok(state) => state,
+        Err(error) => return usage(&error.to_string()),
+    };
     let config = MoveConfig {
         pid,
         to,
+        state: Some(state),
+        link: arguments.link.to_arguments(),
         store: match arguments.store {
             StoreArgument::Pipes => StoreKind::Pipes,
             StoreArgument::Frozen => StoreKind::Frozen,
@@ -214,7 +260,58 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         Err(error) => return usage(&format!("cannot start: {error}")),
     };
     let (report, result) = mover.run();
-    if let Some(path) = &arguments.json {
+    conclude(&report, result, arguments.json.as_deref())
+}
+
+fn run_resume(arguments: ResumeArguments) -> ExitCode {
+    host::logging::start(arguments.common.verbose, arguments.common.quiet);
+    let found =
+        StateDir::open(&arguments.state.state_dir).map_err(|error| error.to_string()).and_then(|dir| {
+            kept::find(&dir).map_err(|error| format!("cannot read the state directory: {error}"))
+        });
+    let mut orphans = match found {
+        Ok(orphans) => orphans.into_iter(),
+        Err(error) => return usage(&error),
+    };
+    let Some(orphan) = orphans.next() else {
+        println!("no moves to go on with");
+        return ExitCode::SUCCESS;
+    };
+    if orphans.next().is_some() {
+        tracing::warn!("there are more moves to go on with: start this again for each");
+    }
+    let description = &orphan.description;
+    let to = LinkOptions::from_arguments(&description.link).and_then(|link| link.endpoint(&description.to));
+    let to = match to {
+        Ok(to) => to,
+        Err(error) => return usage(&error),
+    };
+    let config = MoveConfig {
+        pid: description.root,
+        to,
+        state: None,
+        link: Vec::new(),
+        store: StoreKind::Pipes,
+        pace: arguments.push_rate,
+        precopy_rounds: Rounds::Off,
+        precopy_pace: Pace::Off,
+        give_up: arguments.give_up_after.unwrap_or(GiveUp::Default),
+        hooks: arguments.hooks,
+        criu: arguments.common.criu,
+        work_dir: arguments.common.work_dir,
+        quiet: arguments.common.quiet,
+        criu_options: Vec::new(),
+    };
+    let mover = match Mover::of_session(config, description.session()) {
+        Ok(mover) => mover,
+        Err(error) => return usage(&format!("cannot start: {error}")),
+    };
+    let (report, result) = mover.take_over(orphan);
+    conclude(&report, result, arguments.json.as_deref())
+}
+
+fn conclude(report: &Report, result: Result<(), MoveError>, json: Option<&Path>) -> ExitCode {
+    if let Some(path) = json {
         if let Err(error) = report.write_json(path) {
             eprintln!("source-server: cannot write {}: {error}", path.display());
         }

@@ -8,12 +8,14 @@
 //! - [`store`]: where pages wait
 //! - [`track`]: which pages are written while the tree still runs
 //! - [`precopy`]: copies of them sent ahead, round by round
+//! - [`kept`]: what outlives a source that is killed
 //! - [`ledger`], [`lanes`]: what was sent and acknowledged, and the threads that do it
 #![forbid(unsafe_code)]
 
 pub mod cli;
 pub mod dump;
 pub mod fence;
+pub mod kept;
 pub mod lanes;
 pub mod ledger;
 pub mod limits;

@@ -94,6 +94,8 @@ pub const UNKNOWN_SESSION_PATIENCE: Duration = Duration::from_secs(3);
 pub const REDIAL_PAUSE_MIN: Duration = Duration::from_millis(50);
 /// See [`REDIAL_PAUSE_MIN`].
 pub const REDIAL_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// Attempts of one process before those of its successor, which may never be behind: half an hour of dialling.
+pub const ATTEMPTS_OF_A_PROCESS: u16 = 4096;
 /// How long one attempt may take, in times of what the first connection took.
 pub const REDIAL_PATIENCE_FACTOR: u32 = 4;
 /// Bounds of that: less would be too little for a busy host, and more than a hello may take is of no use.

@@ -143,7 +143,7 @@ fn connections_that_are_reset_around_each_message_behind_the_switchover() {
 fn over_cable<'a>(lab: &'a Lab, site: &Site, link: &str, options: &Options) -> (Move, Stamp, Plan<'a>) {
     let mut stamp =
         Stamp::start_as(lab.run_in(Host::Source, tests::programs::program("experiments")), options);
-    let keys = (link != "tcp").then(|| Keys::new(site).plan(link)).unwrap_or_default();
+    let keys = if link == "tcp" { Plan::new() } else { Keys::new(site).plan(link) };
     let plan = Plan { lab: Some(lab), ..slow_push(Plan { lab: None, ..keys }) };
     let under_way = plan.start(site, stamp.pid());
     wait_working(&under_way, &mut stamp);

@@ -1,5 +1,5 @@
-//! A daemon that is killed behind the switchover loses nothing: its tasks wait, another daemon takes over from the keeper,
-//! the source dials it, and the move is released. Or the operator gives the missing pages up, and no thread reads zeros.
+//! A program that is killed behind the switchover loses nothing: the tasks wait, another daemon takes over from the keeper and
+//! the source dials it, or another source takes the pages out of the holder and dials; and the move is released. Or the operator gives the missing pages up, and no thread reads zeros.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::path::{Path, PathBuf};
@@ -122,6 +122,49 @@ fn daemons_that_are_killed_one_after_the_other() {
         }
         follower.signal(Signal::SIGKILL);
         follower.wait(STEP);
+    }
+}
+
+#[test]
+fn another_source_goes_on_with_the_pages() {
+    for link in ["tcp", "tls"] {
+        let Some(site) = Site::new() else { return };
+        println!("{link}");
+        let mut stamp = Stamp::start(&busy(&site));
+        let kept = site.path("kept");
+        let plan = if link == "tcp" { Plan::new() } else { Keys::new(&site).plan(link) };
+        let plan = plan.source(["--state-dir".as_ref(), kept.as_os_str()]);
+        let (mut under_way, state) = under_way(&site, plan, &mut stamp);
+        // The pages are in pipes, and nowhere else.
+        assert_ends(stamp.pid(), STEP);
+        under_way.source.tool.signal(Signal::SIGKILL);
+        under_way.source.tool.wait(STEP);
+        let json = site.path("follower.json");
+        for times in 1..=3 {
+            under_way.destination.tool.wait_lines("paused: ", times, STEP);
+            let mut command = Command::new(programs::program("source-server"));
+            command.arg("resume").arg("--state-dir").arg(&kept).arg("--json").arg(&json);
+            command.args((times < 3).then_some("--push-rate=4M"));
+            let mut follower = Tool::start("follower", command);
+            under_way.destination.tool.wait_lines("resumed after", times, STEP);
+            stamp.wait_ops(20);
+            if times < 3 {
+                follower.signal(Signal::SIGKILL);
+                follower.wait(STEP);
+                continue;
+            }
+            assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
+        }
+        let destination = under_way.destination.wait(MOVE);
+        destination.assert(0, "released", &[]);
+        let source = MoveReport::read(&json).unwrap();
+        assert!(source.outcome == "released" && source.pages == destination.report().pages, "{source}");
+        stamp.mark_moved();
+        stamp.assert_unharmed();
+        stamp.quit();
+        assert!(status(&state).contains("no moves"));
+        assert_eq!(std::fs::read_dir(&kept).unwrap().count(), 0);
+        site.assert_clean(&[]);
     }
 }
 

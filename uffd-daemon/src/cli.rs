@@ -11,12 +11,12 @@ use host::facts::problem;
 use host::hooks::{Hook, Hooks};
 use host::identity::IdentityArguments;
 use host::link_options::LinkOptions;
+use host::state_dir::StateDir;
 
 use crate::lazy_pages::LazyPagesArguments;
 use crate::restore::PidPlace;
 use crate::serve::{ServeConfig, serve};
 use crate::session::{Prefill, SessionConfig, StateConfig};
-use crate::state::{self, StateDir};
 use crate::{abandon, keeper, lazy_pages, pidns, preflight, takeover};
 
 /// Exit status for wrong usage and failed preflight.
@@ -91,7 +91,7 @@ struct CriuArgument {
 #[derive(Debug, Args)]
 struct StateArguments {
     /// Where keepers are found
-    #[arg(long, value_name = "DIR", default_value = state::DEFAULT_DIR)]
+    #[arg(long, value_name = "DIR", default_value = takeover::DEFAULT_DIR)]
     state_dir: PathBuf,
 }
 

@@ -11,7 +11,7 @@
 //!   [`background`]: how those are installed that nobody waits for
 //! - [`steering`]: where the threads of both run; [`awake`]: processors that do not go to sleep between two faults
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies; [`journal`]: what it has to know of their address spaces
-//! - [`state`], [`takeover`], [`abandon`]: what becomes of a move whose daemon has ended
+//! - [`takeover`], [`abandon`]: what becomes of a move whose daemon has ended
 #![forbid(unsafe_code)]
 
 pub mod abandon;
@@ -36,7 +36,6 @@ pub mod push;
 pub mod restore;
 pub mod serve;
 pub mod session;
-pub mod state;
 pub mod steering;
 pub mod takeover;
 pub mod tree;

@@ -29,6 +29,8 @@ pub const ACK_INTERVAL: Duration = Duration::from_millis(100);
 pub const ACKED_TOGETHER: usize = 16;
 /// How long an address may be unregistered with no event about it before its pages count as unmapped.
 pub const UNREGISTERED_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the source may be silent between two pieces of its images: it reads them out of memory.
+pub const IMAGE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long restore may take from the last image to the switchover.
 pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long the source may take to commit once everything is prepared.

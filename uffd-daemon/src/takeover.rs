@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use host::state_dir::StateDir;
 use kernel::uffd::Uffd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::lazy_map::LazyMap;
@@ -21,8 +22,12 @@ use crate::journal::{Change, Journal, What};
 use crate::keeper::{Info, KeeperHandle, Owner, Stranger};
 use crate::limits;
 use crate::pages::SpaceId;
-use crate::state::StateDir;
 use crate::tree::Tree;
+
+/// Where keepers are found, unless the operator says otherwise.
+pub const DEFAULT_DIR: &str = "/run/uffd-daemon";
+/// The kind of file that a keeper listens at.
+pub const SOCKET: &str = "sock";
 
 /// What whoever takes over has to know of a move and cannot find out.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -136,7 +141,7 @@ pub enum TakeoverError {
 /// The errno of reading the directory.
 pub fn find(dir: &StateDir) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
-    for path in dir.sockets()? {
+    for path in dir.files(SOCKET)? {
         match ask(&path) {
             Ok((info, description)) => found.push(Found { path, info, description }),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {

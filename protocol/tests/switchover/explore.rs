@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::world::{Acks, Kind, Rules, Step, Store, Tasks, World};
+use crate::world::{Acks, Kind, Rules, Step, Tasks, World};
 use protocol::wire::switchover::{destination, source};
 
 /// Bound of an exploration: a mistake in the model shall not fill the memory.
@@ -32,10 +32,8 @@ pub(crate) fn violation(world: &World) -> Option<&'static str> {
     if world.source_tasks == Tasks::Gone && !runs(world.destination_tasks) {
         return Some("no copy of the process is left");
     }
-    // Not yet kept beside the server: see docs/protocol.md.
-    let killed_with_its_pipes = world.source.is_none() && world.store == Store::Pipes;
     let kept = world.here || world.source_tasks != Tasks::Gone || world.in_pipes;
-    if !kept && !killed_with_its_pipes {
+    if !kept {
         return Some("pages that have not arrived are lost");
     }
     None
@@ -64,7 +62,6 @@ pub(crate) fn outcome(world: &World) -> Option<String> {
         (Tasks::Stopped | Tasks::Gone, Tasks::Running) if world.here => "runs at the destination",
         (Tasks::Stopped, Tasks::Running) => "waits at the destination",
         (Tasks::Gone, Tasks::Running) if world.in_pipes => "waits at the destination",
-        (Tasks::Gone, Tasks::Running) => "waits at the destination, **pages lost**",
         _ => NOT_ALLOWED,
     };
     Some(format!("{source}, {destination}: {who}"))

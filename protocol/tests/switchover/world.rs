@@ -73,6 +73,8 @@ pub(crate) struct World {
     dump_serves: bool,
     /// Every page is in pipes that somebody holds.
     pub(crate) in_pipes: bool,
+    /// A holder has the pipes as well.
+    held: bool,
     /// Every page is at the destination.
     pub(crate) here: bool,
     pub(crate) acks: Acks,
@@ -104,6 +106,7 @@ impl World {
             images_here: false,
             dump_serves: true,
             in_pipes: false,
+            held: false,
             here: false,
             acks: Acks::None,
             to_source: Vec::new(),
@@ -129,8 +132,8 @@ impl World {
     pub(crate) fn kill_source(&mut self) {
         self.source = None;
         self.dump_serves = false;
-        // Its pipes go with it. The tasks stay behind the fence, or never were.
-        self.in_pipes = false;
+        // Its pipes go with it, unless it has left a holder behind. The tasks stay behind the fence, or never were.
+        self.in_pipes &= self.held;
     }
 
     pub(crate) fn kill_destination(&mut self) {
@@ -198,6 +201,7 @@ impl World {
             Action::LetGo => {
                 self.dump_serves = false;
                 if self.store == Store::Pipes {
+                    self.held = true;
                     self.source_tasks = Tasks::Gone;
                 }
                 self.source_event(rules, Event::HasLetGo);
@@ -209,7 +213,7 @@ impl World {
                 self.in_pipes = false;
             }
             // The holder keeps the pipes.
-            Action::End(Ending::Hold) => self.dump_serves = false,
+            Action::End(Ending::Hold) => (self.dump_serves, self.held) = (false, true),
             Action::End(Ending::Release) => {
                 self.freed = true;
                 self.in_pipes = false;

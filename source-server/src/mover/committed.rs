@@ -12,15 +12,20 @@ use host::waiting;
 use protocol::wire::control::{Control, Summary};
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
-use super::frozen::{Answer, Commit, Frozen, Notice, error_event, lost};
+use super::frozen::{Answer, Commit, Frozen, Notice, Serving, Tasks, error_event, lost};
 use super::session::{Next, Session};
 use super::{MoveError, Mover};
+use crate::kept::Holder;
 use crate::lanes::{acknowledgements, push};
 use crate::limits;
 
 /// A move whose tasks run at the destination, or are about to.
 pub(super) struct Committed<'a> {
-    frozen: Frozen<'a>,
+    /// None if another process has killed them.
+    tasks: Option<Tasks<'a>>,
+    serving: Serving,
+    /// Who keeps the pages if this process is killed.
+    holder: Option<Holder>,
     session: Session,
     switchover: Switchover,
     /// What came of the commit, until it was looked at.
@@ -40,8 +45,11 @@ impl<'a> Committed<'a> {
     pub(super) fn new(frozen: Frozen<'a>, session: Session, commit: Commit, switchover: Switchover) -> Self {
         let Commit { answer, drained, fault_lane } = commit;
         let threads = vec![fault_lane];
+        let Frozen { tasks, serving, .. } = frozen;
         Self {
-            frozen,
+            tasks: Some(tasks),
+            serving,
+            holder: None,
             session,
             switchover,
             answer: Some(answer),
@@ -53,12 +61,29 @@ impl<'a> Committed<'a> {
         }
     }
 
+    /// A move whose process was killed when its tasks were, or before it had released them.
+    pub(super) fn taken_over(serving: Serving, holder: Holder, session: Session) -> Self {
+        Self {
+            tasks: None,
+            serving,
+            holder: Some(holder),
+            session,
+            switchover: Switchover::taken_over(),
+            answer: Some(Answer::Lost("its source has ended, this one takes over".into())),
+            runs: true,
+            drained: false,
+            threads: Vec::new(),
+            complete: None,
+            due: None,
+        }
+    }
+
     /// Pushes, waits for every acknowledgement, releases.
     pub(super) fn finish(mut self, mover: &mut Mover) -> Result<(), MoveError> {
         let summary = match self.push(mover) {
             Ok(summary) => summary,
             Err(reason) => {
-                return Err(Self::hold(self.frozen, &self.session, &reason));
+                return Err(Self::hold(self.tasks, &self.serving, self.holder, &self.session, &reason));
             }
         };
         mover.recorder.phase("release");
@@ -80,7 +105,7 @@ impl<'a> Committed<'a> {
             if let Some((_, late)) = self.due.filter(|(due, _)| Instant::now() > *due) {
                 self.step(mover, Event::Broken, late)?;
             }
-            let others = [self.frozen.notices.as_fd(), mover.interrupt.as_fd()];
+            let others = [self.serving.notices.as_fd(), mover.interrupt.as_fd()];
             match self.session.next(others, mover.progress.interval()) {
                 Ok(Next::Message(message)) => {
                     let event = Event::from(&message);
@@ -110,7 +135,7 @@ impl<'a> Committed<'a> {
                     released = self.step(mover, error_event(&error), &lost(&error))?;
                 }
             }
-            let (lanes, total) = (&self.frozen.lanes, self.frozen.map.pages());
+            let (lanes, total) = (&self.serving.lanes, self.serving.map.pages());
             mover.progress.show(|| {
                 let missing = lanes.ledger().missing();
                 format!("push: {missing} of {total} pages left, {} held", mib(lanes.store.held_bytes()))
@@ -120,7 +145,7 @@ impl<'a> Committed<'a> {
 
     fn take_notices(&mut self, mover: &mut Mover) -> Result<bool, String> {
         let mut released = false;
-        for notice in self.frozen.notices.empty() {
+        for notice in self.serving.notices.empty() {
             let (event, what) = match notice {
                 Notice::Lane(Ok(())) => continue,
                 Notice::Drained(Ok(())) if !self.runs => {
@@ -142,7 +167,7 @@ impl<'a> Committed<'a> {
     fn step(&mut self, mover: &mut Mover, event: Event, what: &str) -> Result<bool, String> {
         match self.switchover.step(event) {
             Action::LetGo => {
-                self.let_go_of_tasks();
+                self.let_go_of_tasks(mover);
                 self.step(mover, Event::HasLetGo, what)
             }
             Action::Push if self.runs => self.start_push(mover),
@@ -156,8 +181,10 @@ impl<'a> Committed<'a> {
 
     /// The destination has said that it runs.
     fn begin(&mut self, mover: &mut Mover, at: Instant) -> Result<bool, String> {
-        let blackout = at.saturating_duration_since(self.frozen.frozen_at);
-        mover.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
+        if let Some(tasks) = &self.tasks {
+            let blackout = at.saturating_duration_since(tasks.frozen_at);
+            mover.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
+        }
         mover.recorder.phase_at("push", at);
         (self.runs, self.due) = (true, None);
         let released = self.start_push(mover)?;
@@ -169,12 +196,12 @@ impl<'a> Committed<'a> {
         let broken = |error: std::io::Error| format!("cannot duplicate a socket: {error}");
         let (out, back) =
             (self.session.push.try_clone().map_err(broken)?, self.session.push.try_clone().map_err(broken)?);
-        let (lanes, post, pace) = (self.frozen.lanes.clone(), self.frozen.post.clone(), mover.config.pace);
+        let (lanes, post, pace) = (self.serving.lanes.clone(), self.serving.post.clone(), mover.config.pace);
         let pushing = std::thread::Builder::new().name("push".into()).spawn(move || {
             post.send(Notice::Lane(push(&lanes, &out, pace)));
         });
         self.threads.push(pushing.map_err(|error| format!("cannot start a thread: {error}"))?);
-        let (lanes, post) = (self.frozen.lanes.clone(), self.frozen.post.clone());
+        let (lanes, post) = (self.serving.lanes.clone(), self.serving.post.clone());
         self.threads.push(std::thread::spawn(move || {
             post.send(match acknowledgements(&lanes, &back) {
                 Ok(()) => Notice::AllAcknowledged,
@@ -196,7 +223,7 @@ impl<'a> Committed<'a> {
             if self.look_after(mover, why)? {
                 return Ok(true);
             }
-            let error = match self.session.resume(mover, redial.patience(), self.frozen.map.pages()) {
+            let error = match self.session.resume(mover, redial.patience(), self.serving.map.pages()) {
                 Ok(settled) => break settled,
                 Err(error) => error,
             };
@@ -206,14 +233,14 @@ impl<'a> Committed<'a> {
                 return self.step(mover, Event::Broken, &reason);
             };
             mover.progress.show(|| format!("paused for {:.0?}: {why}; dialling again", since.elapsed()));
-            let others = [self.frozen.notices.as_fd(), mover.interrupt.as_fd()];
+            let others = [self.serving.notices.as_fd(), mover.interrupt.as_fd()];
             waiting::readable(others, Some(Instant::now() + pause)).map_err(|error| error.to_string())?;
         };
-        let complete = self.frozen.lanes.ledger().resume(&settled);
-        complete.into_iter().for_each(|chunk| self.frozen.lanes.store.free(chunk));
-        let missing = self.frozen.lanes.ledger().missing();
+        let complete = self.serving.lanes.ledger().resume(&settled);
+        complete.into_iter().for_each(|chunk| self.serving.lanes.store.free(chunk));
+        let missing = self.serving.lanes.ledger().missing();
         tracing::warn!(missing, "resumed after {:.3?}", since.elapsed());
-        self.threads.push(self.frozen.serve_faults(&self.session)?);
+        self.threads.push(self.serving.serve_faults(&self.session)?);
         self.due = (!self.runs)
             .then(|| (Instant::now() + limits::RUNNING_TIMEOUT, "the destination does not say that it runs"));
         self.step(mover, Event::Resumed, "")
@@ -222,7 +249,7 @@ impl<'a> Committed<'a> {
     /// What happens here while the connections are lost: pages come into the store, the operator wants to stop.
     fn look_after(&mut self, mover: &mut Mover, why: &str) -> Result<bool, String> {
         let mut released = false;
-        for notice in self.frozen.notices.empty() {
+        for notice in self.serving.notices.empty() {
             match notice {
                 Notice::Drained(Ok(())) if !self.runs => self.drained = true,
                 Notice::Drained(Ok(())) => released = self.step(mover, Event::Drained, "")?,
@@ -244,39 +271,57 @@ impl<'a> Committed<'a> {
 
     /// Waits for the threads of lanes whose connections were shut down.
     fn end_lanes(&mut self) {
-        self.frozen.lanes.stop.store(true, Ordering::Relaxed);
+        self.serving.lanes.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.frozen.lanes.stop.store(false, Ordering::Relaxed);
+        self.serving.lanes.stop.store(false, Ordering::Relaxed);
     }
 
     /// The pages are in the store: CRIU ends and the tasks are killed, so that their addresses, ports and
     /// pids are free. With the `frozen` store the tasks are the store, and stay until the release.
-    fn let_go_of_tasks(&mut self) {
-        if let Err(error) = self.frozen.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
+    fn let_go_of_tasks(&mut self, mover: &Mover) {
+        let Some(tasks) = &mut self.tasks else { return };
+        if let Err(error) = tasks.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
             tracing::warn!("{error}; the tasks are stopped all the same");
         }
-        if self.frozen.pipes.is_some() {
-            kill(&mut self.frozen);
+        let Some(pipes) = &tasks.pipes else { return };
+        // From here on the pages are nowhere else: they must not end with this process.
+        let kept = Holder::fork(Some(pipes)).and_then(|mut holder| {
+            let described = match &mover.config.state {
+                Some(dir) => {
+                    holder.describe(dir, &mover.kept_session(tasks.dir.path()), &self.serving.map, pipes)
+                }
+                None => Ok(()),
+            };
+            tracing::debug!("pages are kept by process {} as well", holder.pid());
+            self.holder = Some(holder);
+            described
+        });
+        if let Err(error) = kept {
+            tracing::error!("nobody can take over from this process if it is killed: {error}");
         }
+        kill(tasks);
     }
 
     fn release(self, mover: &mut Mover) -> Result<(), MoveError> {
-        let Self { mut frozen, session, threads, .. } = self;
-        frozen.lanes.stop.store(true, Ordering::Relaxed);
-        if frozen.pipes.is_none() {
-            kill(&mut frozen);
+        let Self { mut tasks, serving, holder, session, threads, .. } = self;
+        serving.lanes.stop.store(true, Ordering::Relaxed);
+        if let Some(tasks) = tasks.as_mut().filter(|tasks| tasks.pipes.is_none()) {
+            kill(tasks);
+        }
+        if let Some(holder) = holder {
+            holder.dismiss();
         }
         if let Err(error) = session.control.send(&Control::Released) {
             // The destination has every page; it only waits in vain for our farewell.
             tracing::warn!("could not tell the destination that the source has let go: {error}");
         }
-        record_bytes(&mut mover.recorder, &frozen);
+        record_bytes(&mut mover.recorder, &serving);
         // Ends the lanes' threads.
         session.fault.shutdown();
         session.push.shutdown();
-        for thread in threads.into_iter().chain(frozen.drain) {
+        for thread in threads.into_iter().chain(tasks.and_then(|tasks| tasks.drain)) {
             let _ = thread.join();
         }
         if let Err(error) = mover.hooks.run(HookPhase::Released) {
@@ -287,44 +332,51 @@ impl<'a> Committed<'a> {
 
     /// The move broke behind the switchover: nothing is resumed and nothing is freed. The tasks that still
     /// stand here stay stopped; pages that are only in pipes are kept by a holder process.
-    pub(super) fn hold(mut frozen: Frozen<'_>, session: &Session, reason: &str) -> MoveError {
+    pub(super) fn hold(
+        tasks: Option<Tasks<'_>>,
+        serving: &Serving,
+        holder: Option<Holder>,
+        session: &Session,
+        reason: &str,
+    ) -> MoveError {
         // If it can still be told, it need not wait for new connections.
         let _ = session.control.send(&Control::Abort(reason.to_owned()));
-        // The holder inherits the connections: the destination must see them end all the same.
         session.shutdown();
-        frozen.end_dump();
-        // Whoever continues the tasks finds them as they were; and the holder would inherit the descriptors.
-        drop(frozen.copied.take());
         let mut text =
             format!("{reason}\nThe switchover was passed: the process belongs to the destination now.");
-        let stopped: Vec<String> = frozen
-            .tree
-            .tasks
-            .iter()
-            .filter(|task| !crate::process::has_ended(task.pid))
-            .map(|task| task.pid.to_string())
-            .collect();
-        if !stopped.is_empty() {
-            let pids = stopped.join(" ");
-            text.push_str(&format!(
-                "\nThe tasks here ({pids}) stay stopped with all their memory. Only if the destination surely does \
-                 not run them: kill -CONT {pids}"
-            ));
+        let mut pipes = None;
+        if let Some(mut tasks) = tasks {
+            tasks.end_dump(&serving.lanes);
+            let there = tasks.tree.tasks.iter().filter(|task| !crate::process::has_ended(task.pid));
+            let stopped: Vec<String> = there.map(|task| task.pid.to_string()).collect();
+            if !stopped.is_empty() {
+                let pids = stopped.join(" ");
+                text.push_str(&format!(
+                    "\nThe tasks here ({pids}) stay stopped with all their memory. Only if the destination surely does \
+                     not run them: kill -CONT {pids}"
+                ));
+            }
+            pipes = tasks.pipes.take();
         }
-        match kernel::holder::fork_holder(c"postcopy-hold") {
-            Ok(pid) => text.push_str(&format!(
-                "\nPages that have not arrived are kept by process {pid} ({}); kill it to give them up.",
-                mib(frozen.lanes.store.held_bytes())
+        let can_go_on = holder.is_some();
+        match holder.map_or_else(|| Holder::fork(pipes.as_deref()), Ok) {
+            Ok(holder) => text.push_str(&format!(
+                "\nPages that have not arrived are kept by process {} ({}); kill it to give them up.",
+                holder.pid(),
+                mib(serving.lanes.store.held_bytes())
             )),
             Err(error) => text.push_str(&format!("\nThe pages could not be kept: {error}")),
+        }
+        if can_go_on {
+            text.push_str("\n`source-server resume` goes on as long as the destination waits for them.");
         }
         MoveError::Paused(text)
     }
 }
 
-fn kill(frozen: &mut Frozen<'_>) {
-    let left = frozen.fence.kill(&frozen.tree, limits::KILL_TIMEOUT);
-    if let (Some(copied), true) = (frozen.copied.take(), left.is_empty()) {
+fn kill(tasks: &mut Tasks<'_>) {
+    let left = tasks.fence.kill(&tasks.tree, limits::KILL_TIMEOUT);
+    if let (Some(copied), true) = (tasks.copied.take(), left.is_empty()) {
         copied.tree_is_gone();
     }
     if !left.is_empty() {
@@ -332,14 +384,14 @@ fn kill(frozen: &mut Frozen<'_>) {
     }
     // The sockets vanished with the tasks, in repair mode, without a word to their peers; only then may
     // packets pass again.
-    let failed = frozen.network.unlock();
+    let failed = tasks.network.unlock();
     if !failed.is_empty() {
         tracing::error!(?failed, "network rules of criu could not be removed");
     }
 }
 
-fn record_bytes(recorder: &mut Recorder, frozen: &Frozen<'_>) {
+fn record_bytes(recorder: &mut Recorder, serving: &Serving) {
     let bytes = &mut recorder.report().bytes;
-    bytes.fault_lane = frozen.lanes.fault_bytes.load(Ordering::Relaxed);
-    bytes.push_lane = frozen.lanes.push_bytes.load(Ordering::Relaxed);
+    bytes.fault_lane = serving.lanes.fault_bytes.load(Ordering::Relaxed);
+    bytes.push_lane = serving.lanes.push_bytes.load(Ordering::Relaxed);
 }

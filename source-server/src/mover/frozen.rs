@@ -41,24 +41,44 @@ pub(super) enum Notice {
 
 /// Tasks that stand still behind a fence, with their pages at hand.
 pub(super) struct Frozen<'a> {
+    pub(super) tasks: Tasks<'a>,
+    pub(super) serving: Serving,
+    pub(super) drained: bool,
+    /// The lazy pages that the destination has from pre-copy.
+    clean: Option<Bitmap>,
+}
+
+/// The tasks and who holds them.
+pub(super) struct Tasks<'a> {
     pub(super) tree: ProcessTree,
     pub(super) network: &'a NetworkLock,
     pub(super) dump: Dump,
     pub(super) fence: Fence,
-    pub(super) map: Arc<LazyMap>,
-    pub(super) lanes: Arc<Lanes>,
     pub(super) pipes: Option<Arc<PipeStore>>,
     pub(super) drain: Option<JoinHandle<()>>,
-    pub(super) post: Post<Notice>,
-    pub(super) notices: Mailbox<Notice>,
     pub(super) frozen_at: Instant,
-    pub(super) drained: bool,
     /// What pre-copy has sent; the tree is disarmed when it is dropped.
     pub(super) copied: Option<Copied>,
-    /// The lazy pages that the destination has from pre-copy.
-    clean: Option<Bitmap>,
     /// Gone with the move; holds images and CRIU's log.
-    _dir: WorkDir,
+    pub(super) dir: WorkDir,
+}
+
+/// What the destination is served from.
+pub(super) struct Serving {
+    pub(super) map: Arc<LazyMap>,
+    pub(super) lanes: Arc<Lanes>,
+    pub(super) post: Post<Notice>,
+    pub(super) notices: Mailbox<Notice>,
+}
+
+impl Serving {
+    /// Starts the thread that serves the fault lane.
+    pub(super) fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
+        let lanes = self.lanes.clone();
+        let post = self.post.clone();
+        let stream = clone_stream(&session.fault)?;
+        Ok(std::thread::spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream)))))
+    }
 }
 
 /// Why the destination does not run, and what follows from it.
@@ -119,23 +139,9 @@ impl<'a> Frozen<'a> {
         let prepared = not_interrupted(mover).and_then(|()| Self::prepare(mover, &tree, &dump));
         match prepared.and_then(|parts| Ok((parts, mailbox().map_err(|error| error.to_string())?))) {
             Ok(((map, lanes, pipes), (post, notices))) => {
-                let mut frozen = Self {
-                    tree,
-                    network,
-                    dump,
-                    fence,
-                    map,
-                    lanes,
-                    pipes,
-                    drain: None,
-                    post,
-                    notices,
-                    frozen_at,
-                    drained: true,
-                    copied,
-                    clean: None,
-                    _dir: dir,
-                };
+                let tasks = Tasks { tree, network, dump, fence, pipes, drain: None, frozen_at, copied, dir };
+                let serving = Serving { map, lanes, post, notices };
+                let mut frozen = Self { tasks, serving, drained: true, clean: None };
                 frozen.start_drain(criu);
                 frozen.find_clean();
                 Ok(frozen)
@@ -177,11 +183,11 @@ impl<'a> Frozen<'a> {
     }
 
     fn start_drain(&mut self, criu: &Criu) {
-        let Some(pipes) = self.pipes.clone() else { return };
-        let Ok(server) = self.dump.server.try_clone() else { return };
-        let (post, layout) = (self.post.clone(), criu.layout);
+        let Some(pipes) = self.tasks.pipes.clone() else { return };
+        let Ok(server) = self.tasks.dump.server.try_clone() else { return };
+        let (post, layout) = (self.serving.post.clone(), criu.layout);
         self.drained = false;
-        self.drain = Some(std::thread::spawn(move || {
+        self.tasks.drain = Some(std::thread::spawn(move || {
             let result = pipes.drain(&server, layout);
             if result.is_err() {
                 pipes.give_up();
@@ -193,13 +199,13 @@ impl<'a> Frozen<'a> {
     /// The last scan: what pre-copy has sent and nobody has written since need not be sent again. CRIU itself writes a page
     /// for each thread while it dumps, so it comes behind that.
     fn find_clean(&mut self) {
-        let Some(copied) = &mut self.copied else { return };
+        let Some(copied) = &mut self.tasks.copied else { return };
         let began = Instant::now();
-        let found = copied.last_scan(&self.tree, &self.map);
+        let found = copied.last_scan(&self.tasks.tree, &self.serving.map);
         let clean = found.clean.count();
-        self.lanes.copied_ahead(&found.clean, &found.hot);
+        self.serving.lanes.copied_ahead(&found.clean, &found.hot);
         self.clean = (clean > 0).then_some(found.clean);
-        let (lazy, written, us) = (self.map.pages(), found.written, began.elapsed().as_micros());
+        let (lazy, written, us) = (self.serving.map.pages(), found.written, began.elapsed().as_micros());
         tracing::info!(lazy, clean, written, us, "last scan");
     }
 
@@ -214,7 +220,7 @@ impl<'a> Frozen<'a> {
         let mut commit = self.ship(mover, session).map_err(|reason| Why::broken(switchover, reason))?;
         let prepared = Awaited::new("prepared", limits::RESTORE_TIMEOUT, limits::REASON_PATIENCE);
         self.wait(mover, session, switchover, &mut commit, prepared)?;
-        let then = switchover.step(Event::Fence { stands: fence::stands(&self.tree) });
+        let then = switchover.step(Event::Fence { stands: fence::stands(&self.tasks.tree) });
         if then != Action::SendCommit {
             return Err(Why { reason: "a task of the source moves although it was stopped".into(), then });
         }
@@ -236,26 +242,18 @@ impl<'a> Frozen<'a> {
         mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
         mover.recorder.phase("ship");
         let failed = |error: ControlError| session.lost(&error);
-        let (images, bytes) = session.ship(&self.dump.images).map_err(failed)?;
-        let frozen_us = u64::try_from(self.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (images, bytes) = session.ship(&self.tasks.dump.images).map_err(failed)?;
+        let frozen_us = u64::try_from(self.tasks.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
         let clean_pages = self.clean.as_ref().map_or(0, Bitmap::count);
-        let dumped = Dumped { images, frozen_us, lazy_pages: self.map.pages(), clean_pages };
+        let dumped = Dumped { images, frozen_us, lazy_pages: self.serving.map.pages(), clean_pages };
         let mut more = session.control.send(&Control::Dumped(dumped)).map_err(failed)?;
         if let Some(clean) = &self.clean {
             more += session.tell_clean(clean).map_err(failed)?;
         }
         mover.recorder.report().bytes.control += bytes + more;
         mover.recorder.phase("restore");
-        let fault_lane = self.serve_faults(session)?;
+        let fault_lane = self.serving.serve_faults(session)?;
         Ok(Commit { answer: Answer::Runs(Instant::now()), drained: self.drained, fault_lane })
-    }
-
-    /// Starts the thread that serves the fault lane.
-    pub(super) fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
-        let lanes = self.lanes.clone();
-        let post = self.post.clone();
-        let stream = clone_stream(&session.fault)?;
-        Ok(std::thread::spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream)))))
     }
 
     /// Waits until something is decided; anything but the awaited message is an error.
@@ -271,16 +269,17 @@ impl<'a> Frozen<'a> {
         let mut refusal = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let (event, what) = match session.next([self.notices.as_fd(), mover.interrupt.as_fd()], left) {
-                Ok(Next::Message(message)) => (Event::from(&message), awaited.not_this(message)),
-                Ok(Next::Other(0)) => match self.take_notices(commit) {
-                    Ok(()) => continue,
-                    Err(reason) => (Event::Failing, reason),
-                },
-                Ok(Next::Other(_)) => (Event::Interrupted, "interrupted".into()),
-                Ok(Next::TimedOut) => (Event::Broken, awaited.missing()),
-                Err(error) => (error_event(&error), lost(&error)),
-            };
+            let (event, what) =
+                match session.next([self.serving.notices.as_fd(), mover.interrupt.as_fd()], left) {
+                    Ok(Next::Message(message)) => (Event::from(&message), awaited.not_this(message)),
+                    Ok(Next::Other(0)) => match self.take_notices(commit) {
+                        Ok(()) => continue,
+                        Err(reason) => (Event::Failing, reason),
+                    },
+                    Ok(Next::Other(_)) => (Event::Interrupted, "interrupted".into()),
+                    Ok(Next::TimedOut) => (Event::Broken, awaited.missing()),
+                    Err(error) => (error_event(&error), lost(&error)),
+                };
             match switchover.step(event) {
                 Action::CheckFence => return Ok(()),
                 Action::Push => {
@@ -320,7 +319,7 @@ impl<'a> Frozen<'a> {
     }
 
     fn take_notices(&self, commit: &mut Commit) -> Result<(), String> {
-        for notice in self.notices.empty() {
+        for notice in self.serving.notices.empty() {
             match notice {
                 Notice::Drained(Ok(())) => commit.drained = true,
                 Notice::Drained(Err(error)) => return Err(self.with_complaint(&error)),
@@ -333,9 +332,9 @@ impl<'a> Frozen<'a> {
 
     /// A failed drain is often CRIU's end: then its log says why.
     fn with_complaint(&self, error: &StoreError) -> String {
-        let ended = host::waiting::readable_within(self.dump.ended_fd(), Duration::from_millis(100));
+        let ended = host::waiting::readable_within(self.tasks.dump.ended_fd(), Duration::from_millis(100));
         if matches!(ended, Ok(true)) {
-            return format!("criu ended while it was needed: {} ({error})", self.dump.complaint());
+            return format!("criu ended while it was needed: {} ({error})", self.tasks.dump.complaint());
         }
         error.to_string()
     }
@@ -343,13 +342,15 @@ impl<'a> Frozen<'a> {
     /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
     /// unlocked, the fence comes down. What followed their writes is taken off them while they run: it takes a while.
     pub(super) fn roll_back(mut self) -> Result<(), String> {
-        self.end_dump();
-        let_run(&self.tree, self.network, Some(self.fence))
+        self.tasks.end_dump(&self.serving.lanes);
+        let_run(&self.tasks.tree, self.tasks.network, Some(self.tasks.fence))
     }
+}
 
+impl Tasks<'_> {
     /// Ends lanes, drain and CRIU, which holds the tasks by ptrace; they stay stopped.
-    pub(super) fn end_dump(&mut self) {
-        self.lanes.stop.store(true, Ordering::Relaxed);
+    pub(super) fn end_dump(&mut self, lanes: &Lanes) {
+        lanes.stop.store(true, Ordering::Relaxed);
         if let Some(pipes) = &self.pipes {
             pipes.give_up();
         }

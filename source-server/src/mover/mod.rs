@@ -19,27 +19,29 @@ mod redial;
 mod session;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use host::criu::Criu;
 use host::hooks::{Hook, HookPhase, Hooks};
 use host::interrupt::Interrupt;
 use host::progress::Progress;
 use host::report::{Outcome, Recorder, Report, TaskReport};
+use host::state_dir::StateDir;
 use protocol::link::tls::TlsError;
 use protocol::link::{Endpoint, Fingerprint, LinkError};
 use protocol::wire::control::Problem;
 use protocol::wire::hello::{HelloError, Refusal, SessionId, SessionSecret};
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
-use crate::lanes::Pace;
+use crate::kept::{self, Orphan};
+use crate::lanes::{Lanes, Pace};
 use crate::precopy::Copied;
 use crate::precopy::policy::Rounds;
 use crate::preflight;
 use crate::process::ProcessTree;
 
 use committed::Committed;
-use frozen::{Frozen, Why};
+use frozen::{Frozen, Serving, Why};
 pub use redial::GiveUp;
 use session::Session;
 
@@ -76,6 +78,10 @@ pub struct MoveConfig {
     pub criu: Option<PathBuf>,
     /// Where working directories are made.
     pub work_dir: Option<PathBuf>,
+    /// Where word is left for a successor, and the options of the link that it needs.
+    pub state: Option<StateDir>,
+    /// See `state`.
+    pub link: Vec<String>,
     /// No progress.
     pub quiet: bool,
     /// Passed on to `criu dump`.
@@ -133,8 +139,18 @@ impl Mover {
     ///
     /// # Errors
     /// The errno of the system calls.
-    pub fn new(mut config: MoveConfig) -> std::io::Result<Self> {
-        let (id, secret) = (SessionId(random()?), SessionSecret(random()?));
+    pub fn new(config: MoveConfig) -> std::io::Result<Self> {
+        Self::of_session(config, (SessionId(random()?), SessionSecret(random()?)))
+    }
+
+    /// A move that has a session already. Takes over the process's signals.
+    ///
+    /// # Errors
+    /// The errno of the system calls.
+    pub fn of_session(
+        mut config: MoveConfig,
+        (id, secret): (SessionId, SessionSecret),
+    ) -> std::io::Result<Self> {
         let mut hooks = Hooks::new(std::mem::take(&mut config.hooks));
         hooks.tell("POSTCOPY_ROLE", "source");
         hooks.tell("POSTCOPY_SESSION", id);
@@ -150,9 +166,42 @@ impl Mover {
         })
     }
 
+    /// Goes on with a move whose source has ended, and reports in any case.
+    pub fn take_over(mut self, orphan: Orphan) -> (Report, Result<(), MoveError>) {
+        let result = self.taken_over(orphan);
+        self.report(result)
+    }
+
+    fn taken_over(&mut self, orphan: Orphan) -> Result<(), MoveError> {
+        self.recorder.phase("push");
+        let broken = |error: std::io::Error| MoveError::Paused(format!("cannot take over: {error}"));
+        let (description, map, store, holder) = orphan.take().map_err(broken)?;
+        self.recorder.report().tasks =
+            map.tasks().iter().map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
+        let (post, notices) = host::mailbox::mailbox().map_err(broken)?;
+        let serving = Serving { lanes: Lanes::new(map.clone(), store), map, post, notices };
+        let session = Session::unconnected(description.generation).map_err(broken)?;
+        Committed::taken_over(serving, holder, session).finish(self)
+    }
+
+    /// Whose pages are kept when this process is killed.
+    fn kept_session(&self, work_dir: &Path) -> kept::Session {
+        kept::Session {
+            session: (self.id, self.secret),
+            to: self.config.to.to_string(),
+            link: self.config.link.clone(),
+            root: self.config.pid,
+            work_dir: work_dir.to_owned(),
+        }
+    }
+
     /// Moves, and reports in any case.
     pub fn run(mut self) -> (Report, Result<(), MoveError>) {
         let result = self.phases();
+        self.report(result)
+    }
+
+    fn report(mut self, result: Result<(), MoveError>) -> (Report, Result<(), MoveError>) {
         self.progress.clear();
         let outcome = match &result {
             Ok(()) => Outcome::Released,
@@ -184,6 +233,7 @@ impl Mover {
             Err(reason) => return Err(self.never_frozen(&session, &mut switchover, reason)),
         };
         self.recorder.report().tasks = frozen
+            .serving
             .map
             .tasks()
             .iter()
@@ -199,7 +249,8 @@ impl Mover {
                         ));
                     }
                 } else if then != Action::End(Ending::LetRun) {
-                    return Err(Committed::hold(frozen, &session, &reason));
+                    let Frozen { tasks, serving, .. } = frozen;
+                    return Err(Committed::hold(Some(tasks), &serving, None, &session, &reason));
                 }
                 self.rolled_back_hook();
                 Err(MoveError::RolledBack(frozen::and(reason, frozen.roll_back())))

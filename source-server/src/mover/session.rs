@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,15 @@ impl Session {
         }
         let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
         Ok(Self { control, fault, push, precopy_pages, first_dial, attempt: 0 })
+    }
+
+    /// The connections of a process that has ended, the `generation`th of its session: each begins with attempts of its
+    /// own.
+    pub(super) fn unconnected(generation: u16) -> io::Result<Self> {
+        let nobody = || UnixStream::pair().map(|(here, _)| Stream::Unix(here));
+        let (control, fault, push) = (ControlChannel::new(nobody()?)?, nobody()?, nobody()?);
+        let attempt = generation.wrapping_mul(limits::ATTEMPTS_OF_A_PROCESS);
+        Ok(Self { control, fault, push, precopy_pages: 0, first_dial: Duration::ZERO, attempt })
     }
 
     /// Ends every connection: the destination sees it, and whoever waits on one here wakes up.

@@ -10,8 +10,9 @@
 //! Pipe `n` holds the pages with indices `n * chunk_pages ..` of the lazy map. Each slot of a pipe holds one
 //! page reference; nothing is copied until a fault or the push reads it. Freeing a chunk closes its pipe.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -52,6 +53,8 @@ pub struct PipeStore {
     progress: Condvar,
     given_up: AtomicBool,
     held_pages: AtomicU64,
+    /// Where freed pages go.
+    null: Option<File>,
 }
 
 impl PipeStore {
@@ -80,7 +83,58 @@ impl PipeStore {
             drained: Mutex::new(0),
             progress: Condvar::new(),
             given_up: AtomicBool::new(false),
+            null: null(),
         })
+    }
+
+    /// A store over pipes that another process has filled, in the order of their chunks; one that is not whole was
+    /// acknowledged and freed. `memory` has nothing any more.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if a pipe cannot be looked at, or they are not as many as there must be.
+    pub fn adopt(
+        map: Arc<LazyMap>,
+        chunk_pages: u64,
+        pipes: Vec<Option<OwnedFd>>,
+    ) -> Result<Self, StoreError> {
+        let broken = StoreError::io("take over a pipe");
+        let memory = Arc::new(TaskMemory::open([]).map_err(&broken)?);
+        let (count, mut held_pages) = (map.pages().div_ceil(chunk_pages), 0);
+        if pipes.len() as u64 != count {
+            return Err(broken(io::ErrorKind::InvalidData.into()));
+        }
+        let mut chunks = Vec::with_capacity(pipes.len());
+        for (pipe, first) in pipes.into_iter().zip((0..).step_by(usize::try_from(chunk_pages).unwrap_or(1))) {
+            let pages = (map.pages() - first).min(chunk_pages);
+            let held = match pipe {
+                Some(ref pipe) => kernel::fds::readable_bytes(pipe.as_fd()).map_err(&broken)?,
+                None => 0,
+            };
+            let whole = pipe.filter(|_| held == pages_to_bytes(pages));
+            held_pages += if whole.is_some() { pages } else { 0 };
+            chunks.push(Mutex::new(whole.map_or(Chunk::Freed, Chunk::Held)));
+        }
+        Ok(Self {
+            map,
+            memory,
+            chunk_pages,
+            chunks,
+            drained: Mutex::new(count),
+            progress: Condvar::new(),
+            given_up: AtomicBool::new(false),
+            held_pages: AtomicU64::new(held_pages),
+            null: null(),
+        })
+    }
+
+    /// Hands every pipe to `each`, in the order of chunks, nothing for one that has none. None of them is freed meanwhile.
+    pub fn with_pipes<T>(&self, each: impl FnOnce(&[Option<BorrowedFd<'_>>]) -> T) -> T {
+        let chunks: Vec<_> = self.chunks.iter().map(lock).collect();
+        let pipes = chunks.iter().map(|chunk| match &**chunk {
+            Chunk::Held(pipe) => Some(pipe.as_fd()),
+            Chunk::Waiting | Chunk::Freed => None,
+        });
+        each(&pipes.collect::<Vec<_>>())
     }
 
     /// Whether every chunk has been drained.
@@ -144,6 +198,11 @@ impl PipeStore {
 /// A lock whose data stays whole when a holder panics: each is one assignment.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Without it memory is only free when every holder has ended.
+fn null() -> Option<File> {
+    File::options().write(true).open("/dev/null").ok()
 }
 
 /// Asks CRIU's page server for a run; returns how many pages follow.
@@ -300,7 +359,17 @@ impl PageStore for PipeStore {
         let first = chunk * self.chunk_pages;
         let pages = self.map.pages().saturating_sub(first).min(self.chunk_pages);
         self.held_pages.fetch_sub(pages, Ordering::Relaxed);
-        self.set(chunk, Chunk::Freed);
+        let Some(slot) = usize::try_from(chunk).ok().and_then(|chunk| self.chunks.get(chunk)) else { return };
+        let before = std::mem::replace(&mut *lock(slot), Chunk::Freed);
+        // A holder has the pipe as well: closing it frees nothing.
+        if let (Chunk::Held(pipe), Some(null)) = (before, &self.null) {
+            let mut left = usize::try_from(pages_to_bytes(pages)).unwrap_or(0);
+            while let (1.., Ok(moved @ 1..)) =
+                (left, splice(&pipe, None, null, None, left, SpliceFFlags::SPLICE_F_NONBLOCK))
+            {
+                left -= moved;
+            }
+        }
     }
 
     fn held_bytes(&self) -> u64 {

@@ -13,7 +13,9 @@ use protocol::wire::control::{
 };
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, TaskRun, encode_ack};
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret, encode_reply};
+use protocol::wire::limits::VERSION_MAX;
 use protocol::wire::precopy::{Areas, Round};
+use protocol::wire::settled_map::MapPiece;
 
 use super::images::FILES;
 
@@ -55,8 +57,15 @@ fn wire(add: &mut Add<'_>) {
     for (name, role) in [("control", Role::Control), ("fault", Role::Fault), ("push", Role::Push)] {
         let hello = Hello::new(role, 0, SessionId([1; 16]), SessionSecret([2; 16]));
         add("hello", name, hello.encode().to_vec());
+        let again = Hello { attempt: 3, ..hello };
+        add("hello", &format!("{name}-again"), again.encode().to_vec());
     }
-    for (name, verdict) in [("accepted", Ok(1)), ("busy", Err(Refusal::Busy)), ("link", Err(Refusal::Link))] {
+    for (name, verdict) in [
+        ("accepted", Ok(VERSION_MAX)),
+        ("busy", Err(Refusal::Busy)),
+        ("link", Err(Refusal::Link)),
+        ("not-yet", Err(Refusal::NotYet)),
+    ] {
         add("hello", name, encode_reply(verdict).to_vec());
     }
     let what = TaskRun { task: TaskId(12), run: run(0x7_f000, 2) };
@@ -124,6 +133,8 @@ fn messages() -> Vec<Control> {
         Control::Released,
         Control::Abort("a hook failed".into()),
         Control::RolledBack,
+        Control::SettledMap(MapPiece { first: 64, pages: 12, bits: vec![0xff, 0x0f] }),
+        Control::Resumed,
     ]
 }
 
@@ -322,6 +333,10 @@ fn malformed_frames(add: &mut Add<'_>) {
     {
         let body = [&text(file.as_bytes())[..], &[0; 20]].concat();
         add("control", &format!("bad-image-name-{name}"), control(Kind::Image, &body));
+    }
+    for (name, pages, bits) in [("count", u64::MAX, 0_usize), ("short", 64, 7), ("long", 8, 2)] {
+        let body = [&[0; 8], &pages.to_le_bytes()[..], &text(&vec![0xff; bits])].concat();
+        add("control", &format!("bad-map-{name}"), control(Kind::SettledMap, &body));
     }
     for (name, size, offset) in [("size", u64::MAX, 0_u64), ("offset", 9, u64::MAX)] {
         let body = [&text(b"a.img")[..], &size.to_le_bytes(), &offset.to_le_bytes(), &text(&[1])].concat();

@@ -123,7 +123,8 @@ impl<S> Gathering<S> {
     /// Adds one: what is complete with it. One of an attempt before the latest is dropped.
     fn add(&mut self, role: Role, attempt: u16, stream: S) -> Option<Gathered<S>> {
         let ahead = attempt.wrapping_sub(self.attempt);
-        if ahead > u16::MAX / 2 {
+        // Behind the connections that the session began with any attempt is ahead.
+        if self.attempt != 0 && ahead > u16::MAX / 2 {
             return None;
         }
         if ahead > 0 {

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -35,7 +35,7 @@ use crate::preflight;
 use crate::push::{PushError, PushLane};
 use crate::restore::{PidPlace, Restore};
 use crate::steering::Steering;
-use crate::takeover::{Description, Taken};
+use crate::takeover::{Description, SOCKET, Taken};
 use crate::tree::Tree;
 use crate::upstream::FaultLane;
 
@@ -239,7 +239,11 @@ impl BroughtUp {
         Journal::create(self.map.pages())
             .and_then(|(journal, file)| {
                 self.tree.keep_journal(journal);
-                self.keeper.describe(&dir.listen(session.0)?, &file, &description.write()?)
+                self.keeper.describe(
+                    &UnixListener::bind(dir.file(session.0, SOCKET))?,
+                    &file,
+                    &description.write()?,
+                )
             })
             .map_err(|error| format!("cannot leave word for a daemon that takes over: {error}"))
     }

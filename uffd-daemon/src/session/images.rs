@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use nix::sys::statvfs::statvfs;
 use protocol::wire::control::ImageChunk;
 use protocol::wire::limits::IMAGE_COUNT_MAX;
 
@@ -14,6 +15,8 @@ pub(super) struct ImageWriter {
     dir: PathBuf,
     open: Option<(String, File)>,
     written: HashMap<String, (u64, u64)>,
+    /// Bytes that may still be announced: what the file system had free.
+    room: u64,
 }
 
 fn invalid(what: String) -> io::Error {
@@ -24,7 +27,9 @@ impl ImageWriter {
     /// Makes the directory.
     pub(super) fn new(dir: &Path) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned(), open: None, written: HashMap::new() })
+        let space = statvfs(dir)?;
+        let room = space.blocks_available().saturating_mul(space.fragment_size());
+        Ok(Self { dir: dir.to_owned(), open: None, written: HashMap::new(), room })
     }
 
     /// Writes a piece.
@@ -33,6 +38,13 @@ impl ImageWriter {
         let known = self.written.get(name).copied();
         if known.is_none() && self.written.len() >= IMAGE_COUNT_MAX as usize {
             return Err(invalid(format!("the source sends more than {IMAGE_COUNT_MAX} images")));
+        }
+        if known.is_none() {
+            let (size, room) = (chunk.size, self.room);
+            let left = room.checked_sub(size);
+            self.room = left.ok_or_else(|| {
+                invalid(format!("image {name} has {size} bytes, and {room} are free in the work directory"))
+            })?;
         }
         let (at, size) = known.unwrap_or((0, chunk.size));
         if chunk.offset != at || chunk.size != size {
@@ -83,6 +95,18 @@ mod tests {
         writer.finish(2).unwrap();
         assert_eq!(fs::read(dir.path().join("a.img")).unwrap(), b"abc");
         assert!(fs::read(dir.path().join("b.img")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn no_more_is_taken_than_there_is_room_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = ImageWriter::new(dir.path()).unwrap();
+        writer.room = 5;
+        writer.write(&chunk("a.img", 3, 0, b"ab")).unwrap();
+        assert!(writer.write(&chunk("b.img", 3, 0, b"ab")).is_err());
+        writer.write(&chunk("a.img", 3, 2, b"c")).unwrap();
+        writer.write(&chunk("c.img", 2, 0, b"ab")).unwrap();
+        writer.finish(2).unwrap();
     }
 
     #[test]

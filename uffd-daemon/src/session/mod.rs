@@ -26,6 +26,7 @@ use host::criu::Criu;
 use host::hooks::{HookPhase, Hooks};
 use host::progress::Progress;
 use host::report::{Outcome, Recorder, Report, TaskReport};
+use host::state_dir::StateDir;
 use host::waiting;
 use host::workdir::WorkDir;
 use protocol::link::{ControlChannel, ControlError, Stream};
@@ -36,7 +37,6 @@ use protocol::wire::switchover::destination::{Action, Ending, Event, Switchover}
 use crate::limits;
 use crate::preflight;
 use crate::restore::PidPlace;
-use crate::state::StateDir;
 use crate::takeover::Taken;
 
 use arrivals::Gathered;
@@ -246,7 +246,8 @@ impl Session {
         let mut images = images::ImageWriter::new(&dir.join("images")).map_err(|error| error.to_string())?;
         let mut shipping = false;
         loop {
-            let message = self.next_message(None)?;
+            // The freeze and the hooks before it take as long as they take.
+            let message = self.next_message(shipping.then_some(limits::IMAGE_PATIENCE))?;
             if !shipping {
                 shipping = true;
                 self.recorder.phase("ship");

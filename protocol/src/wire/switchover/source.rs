@@ -226,6 +226,17 @@ impl Default for Switchover {
 }
 
 impl Switchover {
+    /// Of a move whose program ended once its tasks were killed: new connections have to be made.
+    #[must_use]
+    pub const fn taken_over() -> Self {
+        Self(State::Paused(Some(Progress {
+            drained: true,
+            let_go: true,
+            acknowledged: false,
+            complete: false,
+        })))
+    }
+
     /// What to do about `event`.
     pub fn step(&mut self, event: Event) -> Action {
         let (next, action) = decide(self.0, event);

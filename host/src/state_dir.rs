@@ -1,19 +1,11 @@
-//! The state directory: where orphaned keepers are found by a daemon that takes over.
-//!
-//! A keeper listens at `SESSION.sock` there. Only root, or whoever runs the daemon, may enter the directory, and a keeper
-//! talks to nobody else.
+//! A directory in which a program leaves what its successor needs: only its owner may enter it.
 
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use protocol::wire::hello::SessionId;
-
-/// Where the state of sessions is, unless the operator says otherwise.
-pub const DEFAULT_DIR: &str = "/run/uffd-daemon";
-const SUFFIX: &str = ".sock";
 
 /// A directory that only its owner may enter.
 #[derive(Clone, Debug)]
@@ -57,23 +49,21 @@ impl StateDir {
         Ok(Self(path.to_owned()))
     }
 
-    /// A socket for the keeper of a session.
-    ///
-    /// # Errors
-    /// The errno of binding it.
-    pub fn listen(&self, session: SessionId) -> io::Result<UnixListener> {
-        UnixListener::bind(self.0.join(format!("{session}{SUFFIX}")))
+    /// The path of a session's file of a kind.
+    #[must_use]
+    pub fn file(&self, session: SessionId, kind: &str) -> PathBuf {
+        self.0.join(format!("{session}.{kind}"))
     }
 
-    /// The sockets of keepers.
+    /// Every session's file of a kind.
     ///
     /// # Errors
     /// The errno of reading the directory.
-    pub fn sockets(&self) -> io::Result<Vec<PathBuf>> {
+    pub fn files(&self, kind: &str) -> io::Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.0)? {
             let path = entry?.path();
-            if path.to_str().is_some_and(|path| path.ends_with(SUFFIX)) {
+            if path.extension().is_some_and(|extension| extension == kind) {
                 found.push(path);
             }
         }
@@ -93,10 +83,10 @@ mod tests {
         let path = place.path().join("state");
         let dir = StateDir::open(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
-        let _listener = dir.listen(SessionId([7; 16])).unwrap();
-        assert!(dir.listen(SessionId([7; 16])).is_err(), "twice");
-        fs::write(path.join("something"), "else").unwrap();
-        assert_eq!(dir.sockets().unwrap(), [path.join(format!("{}.sock", SessionId([7; 16])))]);
+        let file = dir.file(SessionId([7; 16]), "sock");
+        fs::write(&file, "").unwrap();
+        fs::write(path.join("something.else"), "").unwrap();
+        assert_eq!(dir.files("sock").unwrap(), [file]);
         for mode in [0o750, 0o705] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             assert!(matches!(StateDir::open(&path), Err(StateDirError::Open(_))), "{mode:o}");
