@@ -228,7 +228,11 @@ impl Tree {
     pub fn report_settled(&self) -> Bitmap {
         let mut map = Bitmap::clear(self.total);
         for position in 0..self.families.len() {
-            self.lock(position).report_settled(&mut map);
+            let pages = self.lock(position).map().pages;
+            for first in (0..pages).step_by(usize::try_from(limits::SWEEP_PAGES).unwrap_or(usize::MAX)) {
+                let end = pages.min(first + limits::SWEEP_PAGES);
+                self.lock(position).report_settled(first, end, &mut map);
+            }
         }
         if let Some(journal) = self.journal() {
             let mut at = 0;

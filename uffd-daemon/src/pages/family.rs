@@ -523,16 +523,16 @@ impl<I: Installer> Family<I> {
         }
     }
 
-    /// Marks in `map`, by index in the whole tree, what is settled in every space, and takes it for reported.
-    pub fn report_settled(&mut self, map: &mut Bitmap) {
-        let pages = self.map.pages;
-        let mut from = 0;
-        while from < pages {
-            let missing = self.spaces().filter_map(|s| s.remote_in(from, pages)).min_by_key(|s| s.first);
-            let settled = missing.map_or(pages, |stretch| stretch.first);
+    /// Marks in `map`, by index in the whole tree, what is settled in every space in `first..end`, and takes it for
+    /// reported.
+    pub fn report_settled(&mut self, first: u64, end: u64, map: &mut Bitmap) {
+        let mut from = first;
+        while from < end {
+            let missing = self.spaces().filter_map(|s| s.remote_in(from, end)).min_by_key(|s| s.first);
+            let settled = missing.map_or(end, |stretch| stretch.first);
             map.set_range(self.map.first + from, self.map.first + settled);
             self.unreported.unset_range(from, settled);
-            from = missing.map_or(pages, |stretch| stretch.first + stretch.pages);
+            from = missing.map_or(end, |stretch| stretch.first + stretch.pages);
         }
     }
 
@@ -673,7 +673,8 @@ mod tests {
         family.arrived(3, &data(3..4), Origin::Push).unwrap();
         family.removed(root, addr(16), addr(17));
         let mut map = Bitmap::clear(6);
-        family.report_settled(&mut map);
+        family.report_settled(0, 2, &mut map);
+        family.report_settled(2, 6, &mut map);
         let settled: Vec<u64> = (0..6).filter(|index| map.get(*index)).collect();
         assert_eq!(settled, [1, 2, 3, 5], "the child still misses the first");
         assert_eq!(acks(&mut family), 0);
