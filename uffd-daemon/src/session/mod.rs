@@ -277,6 +277,7 @@ impl Session {
             let _ = self.control.send(&Control::Abort(reason.clone()));
         }
         self.control.shutdown();
+        brought_up.finish_installing();
         self.recorder.settle(&self.summary(&brought_up, Instant::now()));
         Err(SessionError::Paused(brought_up.pause(&reason)))
     }
