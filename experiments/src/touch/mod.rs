@@ -272,8 +272,8 @@ fn rewrite(shared: &Shared, percent: u8) -> u64 {
     for index in 0..pages {
         let page = usize::try_from(order.at(index)).unwrap_or(usize::MAX);
         let word = &shared.region.page(page)[FREE_WORD];
-        // Not `fetch_or(0)`: a compiler may make a mere load of that.
-        word.swap(word.load(Relaxed), SeqCst);
+        // Not `fetch_or(0)`, which the compiler makes a read.
+        word.store(word.load(SeqCst), SeqCst);
     }
     pages
 }

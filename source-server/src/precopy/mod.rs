@@ -68,7 +68,7 @@ impl Copied {
         let hot = self.record.rewritten(map);
         self.record.keep_tasks(|task| last.tasks.iter().any(|found| found.task == task));
         for found in &last.tasks {
-            self.record.keep_within(found.task, found.starts_again, &found.areas);
+            self.record.keep_within(found.task, found.is_void(), &found.areas);
             found.runs.iter().for_each(|run| self.record.written(found.task, run.pages));
         }
         LastScan { clean: self.record.clean(map), hot, written: last.pages() }

@@ -225,7 +225,6 @@ impl Copier<'_> {
         let mut round = self.copied.tracker().scan(&tree, Pass::Round);
         for task in &mut round.tasks {
             if let (Method::WriteProtect, Ok(Some(why))) = (self.method, pins::of(task.pid)) {
-                task.starts_again = true;
                 task.untracked = Some(format!("{why}, through which memory is written unseen"));
             }
             if let Some(why) = task.untracked.as_ref().filter(|_| self.untracked.insert(task.task)) {
@@ -246,7 +245,7 @@ impl Copier<'_> {
     /// Tells where each task has memory; what the destination keeps elsewhere, it drops.
     fn tell_areas(&mut self, round: &Round) -> Result<(), RoundsError> {
         for task in &round.tasks {
-            let (id, starts_again) = (task.task, task.starts_again);
+            let (id, starts_again) = (task.task, task.is_void());
             let areas = fewer(&task.areas, AREAS_MAX);
             self.copied.record.keep_within(id, starts_again, &areas);
             task.runs.iter().for_each(|run| self.copied.record.written(id, run.pages));

@@ -12,6 +12,9 @@ use protocol::units::{ImageAddr, PAGE_BYTES, PageRun, bytes_to_pages};
 /// Private mappings without a file that belong to the kernel.
 const OF_THE_KERNEL: [&str; 5] = ["[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]"];
 
+/// Where the memory of a process ends, on x86-64 with four levels; what is above belongs to the kernel, or is seldom used.
+const TASK_END: u64 = 0x7fff_ffff_f000;
+
 /// The areas of a process now, by ascending address.
 ///
 /// A process that runs may change them while they are read; an area that moves meanwhile may be missing.
@@ -20,6 +23,37 @@ const OF_THE_KERNEL: [&str; 5] = ["[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscal
 /// `NotFound` if the process is gone.
 pub fn of(pid: u32) -> io::Result<Vec<PageRun>> {
     Ok(in_order(fs::read_to_string(format!("/proc/{pid}/maps"))?.lines().filter_map(lazy_area)))
+}
+
+/// An area and the unmapped room around it, into which it may have grown since the list was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Roomy {
+    /// The area.
+    pub area: PageRun,
+    /// The area and the room up to its neighbours, whatever those are.
+    pub room: PageRun,
+}
+
+/// As [`of`], with the room around each area.
+///
+/// # Errors
+/// `NotFound` if the process is gone.
+pub fn with_room(pid: u32) -> io::Result<Vec<Roomy>> {
+    Ok(roomy(&fs::read_to_string(format!("/proc/{pid}/maps"))?))
+}
+
+fn roomy(maps: &str) -> Vec<Roomy> {
+    let bounds: Vec<(u64, u64)> = maps.lines().filter_map(bounds).collect();
+    let around = |area: PageRun| {
+        let (start, end) = (area.start.get(), area.end().get());
+        let behind = bounds.partition_point(|(other, _)| *other < end);
+        let before = bounds.partition_point(|(other, _)| *other < start);
+        let from = before.checked_sub(1).map_or(start, |at| bounds[at].1.min(start));
+        let to = bounds.get(behind).map_or(end, |next| next.0).clamp(end, end.max(TASK_END));
+        let room = PageRun::new(ImageAddr::containing(from), bytes_to_pages(to - from));
+        Roomy { area, room: room.unwrap_or(area) }
+    };
+    in_order(maps.lines().filter_map(lazy_area)).into_iter().map(around).collect()
 }
 
 /// Areas without overlap: the list is read in pieces, and one that has grown meanwhile may reach back into those before.
@@ -34,16 +68,21 @@ fn in_order(areas: impl Iterator<Item = PageRun>) -> Vec<PageRun> {
 
 /// The area in a line of `/proc/PID/maps`, if CRIU makes such a one lazy.
 fn lazy_area(line: &str) -> Option<PageRun> {
-    let mut fields = line.split_ascii_whitespace();
-    let (start, end) = fields.next()?.split_once('-')?;
+    let (start, end) = bounds(line)?;
+    let mut fields = line.split_ascii_whitespace().skip(1);
     let is_private = fields.next()?.as_bytes().get(3) == Some(&b'p');
     let inode = fields.nth(2)?;
     if !is_private || inode != "0" || fields.next().is_some_and(|name| OF_THE_KERNEL.contains(&name)) {
         return None;
     }
-    let number = |hex| u64::from_str_radix(hex, 16).ok().filter(|address| address % PAGE_BYTES == 0);
-    let (start, end) = (number(start)?, number(end)?);
     PageRun::new(ImageAddr::containing(start), bytes_to_pages(end.checked_sub(start)?))
+}
+
+/// The addresses in a line of `/proc/PID/maps`.
+fn bounds(line: &str) -> Option<(u64, u64)> {
+    let (start, end) = line.split_ascii_whitespace().next()?.split_once('-')?;
+    let number = |hex| u64::from_str_radix(hex, 16).ok().filter(|address| address % PAGE_BYTES == 0);
+    Some((number(start)?, number(end)?))
 }
 
 #[cfg(test)]
@@ -67,6 +106,28 @@ mod tests {
         ] {
             assert_eq!(area(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn room_goes_up_to_the_neighbours() {
+        let maps = "10000-11000 r-xp 00000000 fe:00 1 /bin/x\n\
+                    20000-24000 rw-p 00000000 00:00 0\n\
+                    24000-25000 ---p 00000000 00:00 0\n\
+                    30000-31000 rw-s 00000000 00:01 7 /dev/zero\n\
+                    7ffffff00000-7ffffff21000 rw-p 00000000 00:00 0 [stack]\n\
+                    ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0 [vsyscall]\n";
+        let found: Vec<_> = roomy(maps)
+            .iter()
+            .map(|it| (it.area.start.get(), it.room.start.get(), it.room.end().get()))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                (0x20000, 0x11000, 0x24000),
+                (0x24000, 0x24000, 0x30000),
+                (0x7fff_fff0_0000, 0x31000, 0x7fff_ffff_f000)
+            ]
+        );
     }
 
     #[test]

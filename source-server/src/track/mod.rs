@@ -14,7 +14,8 @@
 //! - [`choice`]: which of them this host can do; [`pins`]: which tasks may be written past it
 //!
 //! A process that maps memory next to an area that is write-protected gets two areas where it had got one, until
-//! the next round; `mremap` across both fails with `EFAULT` until then.
+//! the next round; `mremap` across both fails with `EFAULT` until then. An area that grows while it is being armed is not one of
+//! these: it is armed with the room around it.
 
 use std::time::Duration;
 
@@ -87,6 +88,12 @@ impl TaskRound {
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.pages.pages).sum()
+    }
+
+    /// Whether what was copied of the task before is of no use: another address space, or writes that nobody may have seen.
+    #[must_use]
+    pub const fn is_void(&self) -> bool {
+        self.starts_again || self.untracked.is_some()
     }
 }
 

@@ -26,7 +26,8 @@ use kernel::pagemap::{Categories, PageMap, Protect, Query, Region, Regions, Scan
 use kernel::write_protect::{Registration, WriteTracker};
 use protocol::units::{ImageAddr, PageRun, TaskId, bytes_to_pages, pages_to_bytes};
 
-use super::{Method, Pass, Round, Run, Stop, TaskRound, Tracker, areas, empty_round};
+use super::areas::{self, Roomy};
+use super::{Method, Pass, Round, Run, Stop, TaskRound, Tracker, empty_round};
 use crate::process::{ProcessTree, Task, has_ended};
 
 /// How often an area that changes is tried again before its pages are taken as they are.
@@ -126,14 +127,15 @@ impl WriteProtect {
     fn look(&mut self, round: &mut TaskRound, pass: Pass) -> Result<(), Broken> {
         let failed = |what: &str, error: &dyn std::fmt::Display| Broken::Failed(format!("{what}: {error}"));
         let map = PageMap::open(round.pid).map_err(|error| failed("open page map", &error))?;
-        round.areas = areas::of(round.pid).map_err(|error| failed("list areas", &error))?;
+        let areas = areas::with_room(round.pid).map_err(|error| failed("list areas", &error))?;
+        round.areas = areas.iter().map(|found| found.area).collect();
         round.runs.clear();
         let tracker = self.armed.get(&round.pid);
-        for &area in &round.areas {
+        for found in areas {
             let mut look = Look { map: &map, tracker, room: &mut self.room, runs: &mut round.runs };
             match pass {
-                Pass::Round => look.round(area)?,
-                Pass::Last => look.last(area)?,
+                Pass::Round => look.round(found)?,
+                Pass::Last => look.last(found.area)?,
             }
         }
         Ok(())
@@ -149,14 +151,19 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// An area of a task that runs.
-    fn round(&mut self, area: PageRun) -> Result<(), Broken> {
+    /// An area of a task that runs. It is registered with the room around it: one that has grown since it was listed would become
+    /// two areas otherwise, and the task's `mremap` of both fail.
+    fn round(&mut self, Roomy { area, room }: Roomy) -> Result<(), Broken> {
         let Some(tracker) = self.tracker else { return self.everything(area) };
         let before = self.runs.len();
         let mut query = Query { protect: Protect::Matching, ..WRITTEN };
         let mut registered = Ok(Registration::Refused);
         for _ in 0..TRIES {
-            registered = tracker.register(area.start.get(), pages_to_bytes(area.pages));
+            registered = tracker.register(room.start.get(), pages_to_bytes(room.pages));
+            if !matches!(registered, Ok(Registration::Done)) {
+                // Something that cannot be registered is there by now.
+                registered = tracker.register(area.start.get(), pages_to_bytes(area.pages));
+            }
             if !matches!(registered, Ok(Registration::Done)) {
                 break;
             }
