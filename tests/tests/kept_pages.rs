@@ -1,5 +1,5 @@
 //! Pages that were copied ahead, over a userfaultfd of this process: the fault loop and the thread in the background install them,
-//! nobody is asked for them, and they take memory once.
+//! nobody is asked for them, and they take memory once. And in a move whose source is lost.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs;
@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
+use experiments::stamp::Options;
 use host::mailbox::{Mailbox, mailbox};
 use host::waiting::readable_within;
 use kernel::arena::{Region, WORDS_PER_PAGE};
@@ -16,8 +17,11 @@ use protocol::lazy_map::LazyMap;
 use protocol::units::{ImageAddr, PageRun, TaskId};
 use protocol::wire::frame::TaskRun;
 use protocol::wire::precopy::Areas;
-use tests::STEP;
+use tests::moves::{Ended, Plan};
+use tests::proxy::Proxy;
 use tests::site::Site;
+use tests::stamps::{self, Stamp};
+use tests::{MOVE, STEP};
 use uffd_daemon::cache::{Installing, Milestone, PageCache, Unneeded};
 use uffd_daemon::fault::{Command, FaultLoop, Notice, latency_histogram};
 use uffd_daemon::inflight::Purpose;
@@ -221,4 +225,28 @@ fn faults_on_what_is_kept_are_resolved_without_the_source() {
     assert!(moved.tree.local_faults.load(Relaxed) > 0);
     let counts = moved.tree.counts();
     assert_eq!((counts.zero + counts.precopied, moved.tree.kept_pages()), (PAGES as u64 / 16 * 15, 0));
+}
+
+#[test]
+fn what_is_kept_is_installed_although_the_source_is_lost() {
+    let Some(site) = Site::new() else { return };
+    let mut stamp = Stamp::start(&Options { rate_us: 500, ..stamps::small(&site, 128) });
+    let plan = Plan::new().source(["--precopy-rounds", "1", "--push-rate", "off"]);
+    let destination = plan.serve(&site);
+    let line = Proxy::to(&destination.address);
+    let source = plan.source_to(&site, stamp.pid(), line.address());
+    for tool in [&source.tool, &destination.tool] {
+        tool.wait_line("phase=\"push\"", STEP);
+    }
+    stamp.give_up();
+    line.cut();
+    let ended = Ended { source: source.wait(MOVE), destination: destination.wait(STEP) };
+    ended.assert_paused();
+    let said = ended.source.said();
+    let clean = said.split_whitespace().find_map(|word| word.strip_prefix("clean=")).expect("a last scan");
+    let clean: u64 = clean.parse().unwrap();
+    let pages = ended.destination.report().pages;
+    assert!(clean > 0, "{said}");
+    assert_eq!(pages.precopied + pages.zero, clean, "{pages:?}");
+    assert_eq!(stamp.wrong_lines(), Vec::<String>::new());
 }

@@ -175,10 +175,13 @@ impl Tree {
         (0..self.len()).map(|position| self.lock(position).kept().map_or(0, Kept::pages)).sum()
     }
 
-    /// Whether every task was handed over.
+    /// Whether every task with lazy pages was handed over.
     #[must_use]
     pub fn is_restored(&self) -> bool {
-        (0..self.len()).all(|position| self.lock(position).is_restored())
+        (0..self.len()).all(|position| {
+            let family = self.lock(position);
+            family.is_restored() || family.map().pages == 0
+        })
     }
 
     /// Pages some space still misses.

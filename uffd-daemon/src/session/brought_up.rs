@@ -464,8 +464,8 @@ impl BroughtUp {
         self.fault_bytes.load(Ordering::Relaxed)
     }
 
-    /// What pre-copy brought needs no source: it is installed before nobody is left to do it.
-    fn finish_installing(&self) {
+    /// What pre-copy brought needs no source: before a pause it is installed, as nobody is left to do it later.
+    pub(super) fn finish_installing(&self) {
         let Some(installing) = self.begin_installing() else { return };
         let deadline = Instant::now() + limits::INSTALLING_PATIENCE;
         while !installing.has_ended() {
@@ -519,7 +519,6 @@ impl BroughtUp {
     /// Behind the switchover, without the source: the keeper goes on holding the userfaultfds, so tasks that
     /// touch a missing page wait. Returns what to tell the operator.
     pub(super) fn pause(mut self, reason: &str) -> String {
-        self.finish_installing();
         self.stop_threads();
         if let Some(restore) = self.restore.take() {
             restore.leave();

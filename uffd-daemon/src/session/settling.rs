@@ -62,7 +62,7 @@ impl Session {
 
     fn conclude(
         &mut self,
-        brought_up: BroughtUp,
+        mut brought_up: BroughtUp,
         mut switchover: Switchover,
         ended: Result<(), Failure>,
     ) -> Result<(), SessionError> {
@@ -78,6 +78,7 @@ impl Session {
             let _ = self.control.send(&Control::Abort(reason.clone()));
         }
         self.control.shutdown();
+        brought_up.finish_installing();
         self.recorder.settle(&self.summary(&brought_up, Instant::now()));
         Err(SessionError::Paused(brought_up.pause(&reason)))
     }
