@@ -62,7 +62,7 @@ impl Session {
 
     fn conclude(
         &mut self,
-        mut brought_up: BroughtUp,
+        brought_up: BroughtUp,
         mut switchover: Switchover,
         ended: Result<(), Failure>,
     ) -> Result<(), SessionError> {
