@@ -49,10 +49,12 @@ const LOAD_PERCENT: u64 = 70;
 /// Requests kept per client: a minute at 30 000 a second.
 const TIMES_MAX: usize = 1_800_000;
 
-/// A redis of some size, and how long it is looked at.
+/// A redis of some size, how it is moved, and how long it is looked at.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     mib: usize,
+    /// `--precopy-rounds`
+    rounds: &'static str,
     peak: Duration,
     before: Duration,
     after: Duration,
@@ -60,7 +62,7 @@ struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB", self.mib)
+        write!(f, "{} MiB, pre-copy {}", self.mib, self.rounds)
     }
 }
 
@@ -79,13 +81,14 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     common.sweep_labs();
     let seconds = Duration::from_secs;
     let case = if options.smoke {
-        Case { mib: 64, peak: seconds(1), before: seconds(1), after: seconds(2) }
+        Case { mib: 64, rounds: "0", peak: seconds(1), before: seconds(1), after: seconds(2) }
     } else {
-        Case { mib: 1024, peak: seconds(3), before: seconds(3), after: seconds(6) }
+        Case { mib: 1024, rounds: "0", peak: seconds(3), before: seconds(3), after: seconds(6) }
     };
     let case = Case { mib: options.mib.unwrap_or(case.mib), ..case };
     let mut campaign = Campaign::begin(NAME, options, common, &[("criu", criu.version.clone())])?;
-    campaign.measure(&[vec![case]], options.runs_or(5), |case, run, results| {
+    let cases = vec![case, Case { rounds: "auto", ..case }];
+    campaign.measure(&[cases], options.runs_or(5), |case, run, results| {
         measure(*case, run, &criu.path, results)
     })?;
     campaign.end()
@@ -112,7 +115,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
         lab: &lab,
         to: Host::Destination,
         link: "tcp",
-        arguments: Default::default(),
+        arguments: [vec!["--precopy-rounds".into(), case.rounds.into()], Vec::new()],
         with_service: true,
         criu,
         dir: dir.path(),
@@ -142,7 +145,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
 }
 
 fn row(case: Case, run: usize, (peak, rate): (u64, u64), moved: &Moved, seen: &Seen) -> Row {
-    let mut row = Row::new(vec![("mib", case.mib.to_string())], run);
+    let mut row = Row::new(vec![("mib", case.mib.to_string()), ("precopy", case.rounds.to_owned())], run);
     #[expect(clippy::cast_precision_loss, reason = "requests per second")]
     for (column, value) in [
         ("peak_requests_s", peak as f64),
