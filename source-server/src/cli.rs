@@ -233,7 +233,10 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         Err(error) => return usage(&error),
     };
     let state = match StateDir::open(&arguments.state.state_dir) {
-        Ok(state) => state,
+        Ok(state) => {
+            kept::sweep(&state);
+            state
+        }
         Err(error) => return usage(&error.to_string()),
     };
     let config = MoveConfig {

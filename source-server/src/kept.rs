@@ -178,6 +178,11 @@ impl Description {
         fs::rename(&new, path)
     }
 
+    /// Whether the holder is still there.
+    fn is_held(&self) -> bool {
+        began(self.holder).is_ok_and(|began| began == self.began)
+    }
+
     /// Id and secret.
     #[must_use]
     pub const fn session(&self) -> (SessionId, SessionSecret) {
@@ -206,6 +211,20 @@ pub struct Orphan {
     path: PathBuf,
 }
 
+/// Removes what sources have left in `dir` whose holders have ended since; nobody else would, if nobody resumes.
+pub fn sweep(dir: &StateDir) {
+    for path in dir.files(PAGES).unwrap_or_default() {
+        let read = fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<Description>(&bytes)?));
+        if !read.is_ok_and(|description| !description.is_held()) {
+            continue;
+        }
+        if let Ok(_lock) = lock(&path.with_extension(LOCK)) {
+            let _ = fs::remove_file(&path);
+            let _ = fs::remove_file(path.with_extension(LOCK));
+        }
+    }
+}
+
 /// Every session in `dir` that nobody serves. What holders that have ended have left is removed.
 ///
 /// # Errors
@@ -216,7 +235,7 @@ pub fn find(dir: &StateDir) -> io::Result<Vec<Orphan>> {
         // Served by somebody.
         let Ok(lock) = lock(&path.with_extension(LOCK)) else { continue };
         match fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<Description>(&bytes)?)) {
-            Ok(description) if began(description.holder).is_ok_and(|began| began == description.began) => {
+            Ok(description) if description.is_held() => {
                 found.push(Orphan { description, lock, path });
             }
             Ok(_) => {
