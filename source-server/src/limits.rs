@@ -84,7 +84,7 @@ pub const PRECOPY_NICENESS: i32 = 10;
 pub const PRECOPY_RATE: &str = "192M";
 /// How long a destination that was lost behind the switchover is dialled, unless the operator says otherwise: long
 /// enough for a link or a switch that starts again, short enough for a script that waits for the end.
-pub const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+pub const GIVE_UP_AFTER: Duration = Duration::from_secs(45);
 /// How long it is dialled if its host says that nobody listens: a daemon that is started again needs less.
 pub const NOBODY_LISTENS_PATIENCE: Duration = Duration::from_secs(30);
 /// How long it is dialled if it says that it does not know the session: it has ended there.

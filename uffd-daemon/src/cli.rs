@@ -100,7 +100,7 @@ struct TakeoverArguments {
     #[command(flatten)]
     state: StateArguments,
     /// How long the source is waited for: seconds, or never
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = give_up_after)]
+    #[arg(long, value_name = "SECONDS", default_value = "45", value_parser = give_up_after)]
     give_up_after: GiveUp,
     /// Run COMMAND at a phase: released
     #[arg(long = "hook", value_name = "PHASE=COMMAND")]
@@ -151,7 +151,7 @@ struct ServeArguments {
     prefill_ms: u64,
     /// How long a source that is lost after the switchover is waited for: seconds, or never; then the tasks go on
     /// waiting for their pages and the move ends with status 3
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = give_up_after)]
+    #[arg(long, value_name = "SECONDS", default_value = "45", value_parser = give_up_after)]
     give_up_after: GiveUp,
     #[command(flatten)]
     state: StateArguments,
