@@ -22,6 +22,10 @@ pub fn of(pid: u32) -> io::Result<Option<&'static str>> {
         if target.as_os_str() == "anon_inode:[io_uring]" {
             return Ok(Some("it has an io_uring"));
         }
+        // It may protect pages itself, where ours were.
+        if target.as_os_str() == "anon_inode:[userfaultfd]" {
+            return Ok(Some("it has a userfaultfd"));
+        }
         let info = format!("/proc/{pid}/fdinfo/{}", entry.file_name().to_string_lossy());
         if fs::read_to_string(info).is_ok_and(|info| is_direct(&info)) {
             return Ok(Some("it has a file open with O_DIRECT"));

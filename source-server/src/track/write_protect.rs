@@ -5,10 +5,14 @@
 //! everything happens from outside:
 //!
 //! ```text
-//! each round, each area:  register (nothing if it is) ── scan: report what was written, and protect it again
+//! each round, each area
+//!   ours since the round before   scan: report what was written, and protect it again
+//!   anything else                 register ── lift what protection its pages have ── scan: report all, and protect it
 //! ```
 //!
-//! - A new area counts as written as a whole: its pages were never protected.
+//! - Only an area that the round before has scanned at the same addresses, and that is still registered, is ours. One that the task
+//!   has moved (`mremap`) is not registered any more, nor is a neighbour that it was merged with; but their pages can go
+//!   on looking protected, written to or not, wherever they are moved next.
 //! - An area that is not ours to register (the task has a userfaultfd of its own there, or shares its memory
 //!   with a task that is armed) is reported as a whole in every round, and never protected.
 //! - An area that changes between being listed and being scanned is reported as a whole once.
@@ -48,8 +52,39 @@ const WRITTEN: Query = Query { all: Categories::WRITTEN, ..THERE };
 /// The tracker.
 #[derive(Debug, Default)]
 pub struct WriteProtect {
-    armed: HashMap<u32, WriteTracker>,
+    armed: HashMap<u32, Armed>,
     room: Regions,
+}
+
+/// An address space with a userfaultfd.
+#[derive(Debug)]
+struct Armed {
+    tracker: WriteTracker,
+    /// What the last round has scanned and protected, by ascending address: whose pages tell the truth for as long as they are
+    /// registered.
+    ours: Vec<PageRun>,
+}
+
+impl Armed {
+    /// The parts of an area: those that are ours, and the rest.
+    fn parts(&self, area: PageRun) -> Vec<(PageRun, bool)> {
+        let mut parts = Vec::new();
+        let mut next = area.start;
+        let mut add = |from: ImageAddr, to: ImageAddr, ours| {
+            if from < to {
+                parts.extend(PageRun::new(from, to.pages_since(from)).map(|part| (part, ours)));
+            }
+        };
+        let first = self.ours.partition_point(|ours| ours.end() <= area.start);
+        for ours in self.ours[first..].iter().take_while(|ours| ours.start < area.end()) {
+            let (from, to) = (ours.start.max(next), ours.end().min(area.end()));
+            add(next, from, false);
+            add(from, to, true);
+            next = to;
+        }
+        add(next, area.end(), false);
+        parts
+    }
 }
 
 /// Why a task's tracking cannot go on as it is.
@@ -78,9 +113,9 @@ impl Tracker for WriteProtect {
     fn copied(&mut self, _task: TaskId, _start: ImageAddr, _pages: &[u8]) {}
 
     fn disarm(mut self: Box<Self>) {
-        for (pid, tracker) in self.armed.drain() {
+        for (pid, armed) in self.armed.drain() {
             for area in areas::of(pid).unwrap_or_default() {
-                lift(&tracker, area);
+                lift(&armed.tracker, area);
             }
         }
     }
@@ -91,7 +126,7 @@ impl WriteProtect {
     fn scan_task(&mut self, task: &Task, pass: Pass, stops: &mut Vec<Stop>) -> Option<TaskRound> {
         let mut round = empty_round(task);
         for _ in 0..TRIES {
-            if self.armed.get(&task.pid).is_some_and(WriteTracker::is_orphaned) {
+            if self.armed.get(&task.pid).is_some_and(|armed| armed.tracker.is_orphaned()) {
                 self.armed.remove(&task.pid);
                 round.starts_again = true;
             }
@@ -99,7 +134,7 @@ impl WriteProtect {
                 match arm(task.pid) {
                     Ok((tracker, stopped)) => {
                         stops.push(stopped);
-                        self.armed.insert(task.pid, tracker);
+                        self.armed.insert(task.pid, Armed { tracker, ours: Vec::new() });
                     }
                     Err(why) => round.untracked = Some(why),
                 }
@@ -130,13 +165,18 @@ impl WriteProtect {
         let areas = areas::with_room(round.pid).map_err(|error| failed("list areas", &error))?;
         round.areas = areas.iter().map(|found| found.area).collect();
         round.runs.clear();
-        let tracker = self.armed.get(&round.pid);
+        let armed = self.armed.get(&round.pid);
+        let mut ours = Vec::new();
         for found in areas {
-            let mut look = Look { map: &map, tracker, room: &mut self.room, runs: &mut round.runs };
+            let mut look = Look { map: &map, armed, room: &mut self.room, runs: &mut round.runs };
             match pass {
-                Pass::Round => look.round(found)?,
+                Pass::Round if look.round(found)? => ours.push(found.area),
+                Pass::Round => {}
                 Pass::Last => look.last(found.area)?,
             }
+        }
+        if let (Some(armed), Pass::Round) = (self.armed.get_mut(&round.pid), pass) {
+            armed.ours = ours;
         }
         Ok(())
     }
@@ -145,19 +185,48 @@ impl WriteProtect {
 /// One look at the areas of one task.
 struct Look<'a> {
     map: &'a PageMap,
-    tracker: Option<&'a WriteTracker>,
+    armed: Option<&'a Armed>,
     room: &'a mut Regions,
     runs: &'a mut Vec<Run>,
 }
 
 impl Look<'_> {
-    /// An area of a task that runs. It is registered with the room around it: one that has grown since it was listed would become
-    /// two areas otherwise, and the task's `mremap` of both fail.
-    fn round(&mut self, Roomy { area, room }: Roomy) -> Result<(), Broken> {
-        let Some(tracker) = self.tracker else { return self.everything(area) };
+    /// An area of a task that runs; says whether it is ours from now on.
+    fn round(&mut self, found: Roomy) -> Result<bool, Broken> {
+        let Some(armed) = self.armed else { return self.everything(found.area).map(|()| false) };
+        let mut all_ours = true;
+        for (part, ours) in armed.parts(found.area) {
+            all_ours &= ours && self.again(part)? || self.anew(&armed.tracker, part, found)?;
+        }
+        Ok(all_ours)
+    }
+
+    /// A part that was ours: reports what was written since, unless it is not what it was. It is not registered here: something
+    /// else that has come to the same addresses must not pass for it.
+    fn again(&mut self, part: PageRun) -> Result<bool, Broken> {
         let before = self.runs.len();
-        let mut query = Query { protect: Protect::Matching, ..WRITTEN };
-        let mut registered = Ok(Registration::Refused);
+        match self.scan(part, &Query { protect: Protect::Matching, ..WRITTEN }) {
+            Ok(()) => Ok(true),
+            // What was protected on the way to the error was not reported: everything is, now.
+            Err(ScanError::Untracked) => {
+                self.runs.truncate(before);
+                Ok(false)
+            }
+            Err(error) => Err(broken(&error)),
+        }
+    }
+
+    /// A part that was not ours: reports all of it; whether it is from now on. The area is registered with the room around it: one
+    /// that has grown since it was listed would become two areas otherwise, and the task's `mremap` of both fail.
+    fn anew(
+        &mut self,
+        tracker: &WriteTracker,
+        part: PageRun,
+        Roomy { area, room }: Roomy,
+    ) -> Result<bool, Broken> {
+        let before = self.runs.len();
+        let (start, len) = (part.start.get(), pages_to_bytes(part.pages));
+        let (mut registered, mut untracked) = (Ok(Registration::Refused), false);
         for _ in 0..TRIES {
             registered = tracker.register(room.start.get(), pages_to_bytes(room.pages));
             if !matches!(registered, Ok(Registration::Done)) {
@@ -167,35 +236,43 @@ impl Look<'_> {
             if !matches!(registered, Ok(Registration::Done)) {
                 break;
             }
-            match self.scan(area, &query) {
-                Ok(()) => return Ok(()),
-                // What was protected on the way to the error was not reported: everything is, now.
-                Err(ScanError::Untracked) => query.all = Categories::NONE,
+            // A page that looks protected is not protected again; this one may be writable.
+            if tracker.unprotect(start, len).is_err() {
+                continue;
+            }
+            match self.scan(part, &Query { protect: Protect::Matching, ..THERE }) {
+                Ok(()) => return Ok(true),
+                Err(ScanError::Untracked) => {
+                    self.runs.truncate(before);
+                    untracked = true;
+                }
                 Err(error) => return Err(broken(&error)),
             }
-            self.runs.truncate(before);
         }
         match registered {
             // It can be registered and is not: that was in another address space.
-            Ok(Registration::Done | Registration::TaskGone) => Err(Broken::OtherSpace),
+            Ok(Registration::Done) if untracked => Err(Broken::OtherSpace),
+            Ok(Registration::TaskGone) => Err(Broken::OtherSpace),
             // Somebody else's, or not there any more as a whole.
-            Ok(Registration::Taken | Registration::Refused) => self.everything(area),
+            Ok(Registration::Done | Registration::Taken | Registration::Refused) => {
+                self.everything(part).map(|()| false)
+            }
             Err(error) => Err(Broken::Failed(format!("register area: {error}"))),
         }
     }
 
-    /// An area of a task that stands still.
+    /// An area of a task that stands still. What is not ours, or not registered any more, counts as written as a whole.
     fn last(&mut self, area: PageRun) -> Result<(), Broken> {
-        let is_tracked = self.map.is_tracked(area.start.get()).map_err(|error| broken(&error))?;
-        let ours = |tracker: &WriteTracker| {
-            tracker.register(area.start.get(), pages_to_bytes(area.pages)).ok() == Some(Registration::Done)
-        };
-        // Of what is registered by somebody else it is not known what was written; what is not registered counts as
-        // written as a whole.
-        if is_tracked && !self.tracker.is_some_and(ours) {
-            return self.everything(area);
+        let Some(armed) = self.armed else { return self.everything(area) };
+        for (part, ours) in armed.parts(area) {
+            // An area is registered as a whole or not at all.
+            if ours && self.map.is_tracked(part.start.get()).map_err(|error| broken(&error))? {
+                self.scan(part, &WRITTEN).map_err(|error| broken(&error))?;
+            } else {
+                self.everything(part)?;
+            }
         }
-        self.scan(area, &WRITTEN).map_err(|error| broken(&error))
+        Ok(())
     }
 
     /// Reports every page that is there.
