@@ -114,7 +114,7 @@ struct MoveArguments {
     #[arg(long, default_value = "unlimited", value_name = "RATE")]
     push_rate: Pace,
     /// How long a destination that is lost after the switchover is dialled: seconds, or never; then both sides keep
-    /// what they have and the exit status is 3 [default: 60, and 30 if its host says that nobody listens]
+    /// what they have and the exit status is 3 [default: 45, and 30 if its host says that nobody listens]
     #[arg(long, value_name = "SECONDS")]
     give_up_after: Option<GiveUp>,
     /// Run COMMAND at a phase: pre-freeze, post-dump, released, rolled-back

@@ -149,10 +149,15 @@ impl Holder {
             let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
         }
         if let Some((_lock, path)) = self.state {
-            let _ = fs::remove_file(&path);
-            let _ = fs::remove_file(path.with_extension(LOCK));
+            remove(&path);
         }
     }
+}
+
+/// Removes what was left for one session; by who has its lock.
+fn remove(path: &Path) {
+    let _ = fs::remove_file(path);
+    let _ = fs::remove_file(path.with_extension(LOCK));
 }
 
 /// A file that only one process has.
@@ -219,8 +224,7 @@ pub fn sweep(dir: &StateDir) {
             continue;
         }
         if let Ok(_lock) = lock(&path.with_extension(LOCK)) {
-            let _ = fs::remove_file(&path);
-            let _ = fs::remove_file(path.with_extension(LOCK));
+            remove(&path);
         }
     }
 }
@@ -238,10 +242,7 @@ pub fn find(dir: &StateDir) -> io::Result<Vec<Orphan>> {
             Ok(description) if description.is_held() => {
                 found.push(Orphan { description, lock, path });
             }
-            Ok(_) => {
-                let _ = fs::remove_file(&path);
-                let _ = fs::remove_file(path.with_extension(LOCK));
-            }
+            Ok(_) => remove(&path),
             Err(error) => tracing::warn!("{} cannot be read: {error}", path.display()),
         }
     }

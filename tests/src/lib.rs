@@ -40,6 +40,7 @@ pub mod stamps;
 pub mod stock;
 pub mod subject;
 pub mod tool;
+pub mod trackers;
 pub mod valve;
 
 /// Says why a test, or a part of one, cannot run here, and has `scripts/test` count it as skipped.

@@ -17,29 +17,15 @@ use source_server::precopy::policy::Rounds;
 use source_server::precopy::rounds::{Plan, RoundsError, Shared, run};
 use source_server::precopy::{Copied, LastScan, most_pages};
 use source_server::process::{ProcessTree, Task};
-use source_server::track::choice::choose;
+use source_server::track::Tracker;
 use source_server::track::content::Content;
-use source_server::track::{Method, Tracker};
 use tests::receiver::Kept;
 use tests::shadow::{go_on, pages_there, stop};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
 use tests::subject::{Appearance, Subject};
-use tests::{STEP, eventually, processes, skip};
-
-/// The tracker by write protection, if this host has it.
-fn write_protect() -> Option<Box<dyn Tracker>> {
-    if !nix::unistd::geteuid().is_root() {
-        skip("tracking another process needs root");
-        return None;
-    }
-    let (tracker, refused) = choose();
-    if tracker.method() != Method::WriteProtect {
-        skip(format!("{refused:?}"));
-        return None;
-    }
-    Some(tracker)
-}
+use tests::trackers::write_protect;
+use tests::{STEP, eventually, processes};
 
 fn plan(root: u32, rounds: &str) -> Plan {
     let tree = ProcessTree::of(root).unwrap();

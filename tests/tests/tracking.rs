@@ -11,26 +11,13 @@ use protocol::units::PAGE_BYTES;
 use source_server::process::ProcessTree;
 use source_server::track::choice::choose;
 use source_server::track::content::Content;
-use source_server::track::{Method, Pass, Round, Stop, Tracker};
+use source_server::track::{Pass, Round, Stop, Tracker};
 use tests::shadow::{Shadow, go_on, pages_there, stop};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
 use tests::subject::{Appearance, CALLS, Subject};
+use tests::trackers::write_protect;
 use tests::{STEP, eventually, processes, programs, skip};
-
-/// The tracker by write protection, if this host has it.
-fn write_protect() -> Option<Box<dyn Tracker>> {
-    if !nix::unistd::geteuid().is_root() {
-        skip("tracking another process needs root");
-        return None;
-    }
-    let (tracker, refused) = choose();
-    if tracker.method() != Method::WriteProtect {
-        skip(format!("{refused:?}"));
-        return None;
-    }
-    Some(tracker)
-}
 
 fn tree(pid: u32) -> ProcessTree {
     ProcessTree::of(pid).expect("a tree")
