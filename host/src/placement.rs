@@ -78,6 +78,12 @@ pub fn this_thread() -> i32 {
     gettid().as_raw()
 }
 
+/// The ids of a process's threads, for [`Processors::keep`]; none if it has ended.
+pub fn threads_of(pid: u32) -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
 /// Adds the processors of a process's threads that run, or wait for a page of a userfaultfd. `process` is its
 /// directory in a /proc. Of a process with more than `most` threads, none: then they are everywhere.
 ///

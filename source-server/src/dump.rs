@@ -168,6 +168,12 @@ impl Dump {
         self.criu.as_fd()
     }
 
+    /// CRIU's pid.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.criu.pid()
+    }
+
     /// CRIU's last words, for a dump that ended by itself.
     #[must_use]
     pub fn complaint(&self) -> String {

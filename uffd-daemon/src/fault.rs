@@ -20,7 +20,7 @@ use hdrhistogram::Histogram;
 use host::mailbox::{Mailbox, Post};
 use kernel::poll::PollSet;
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
-use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages};
+use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages, pages_to_bytes};
 
 use crate::awake::Awake;
 use crate::inflight::{Asked, InFlight, Purpose, Waiter};
@@ -89,6 +89,16 @@ struct Deferred {
     asked: Asked,
     data: Vec<u8>,
     since: Instant,
+}
+
+impl Deferred {
+    /// What is left when `pages` of it are settled.
+    fn without(mut self, pages: u64) -> Self {
+        self.asked.first += pages;
+        self.asked.pages -= pages;
+        self.data.drain(..usize::try_from(pages_to_bytes(pages)).unwrap_or(0));
+        self
+    }
 }
 
 /// The fault loop of one move.
@@ -537,11 +547,11 @@ impl<U: Upstream> FaultLoop<U> {
         if pages > 0 {
             let asked = Asked { pages, ..asked };
             let tree = self.tree.clone();
-            let mut family = tree.lock(asked.family);
-            family.announced(asked.first, pages);
-            if let Err(blocked) = self.install(family, &asked, data) {
+            let family = tree.lock(asked.family);
+            if let Err((blocked, done)) = self.install(family, &asked, data) {
                 tracing::debug!(?blocked, "install deferred");
-                self.deferred.push(Deferred { asked, data: data.to_vec(), since: Instant::now() });
+                let deferred = Deferred { asked, data: data.to_vec(), since: Instant::now() };
+                self.deferred.push(deferred.without(done));
             }
         }
         self.publish_demand();
@@ -584,23 +594,23 @@ impl<U: Upstream> FaultLoop<U> {
         }
     }
 
-    /// Installs an answer; `Err` if the address space cannot take it now.
+    /// Installs an answer; `Err` if the address space cannot take it now, with how many pages were settled before.
     fn install(
         &mut self,
         mut family: MutexGuard<'_, TaskFamily>,
         asked: &Asked,
         data: &[u8],
-    ) -> Result<(), Blocked> {
+    ) -> Result<(), (Blocked, u64)> {
         // If the waiter's page is not remote where it waits (dropped or moved meanwhile), no copy wakes it.
         let unreached = asked.waiter.filter(|waiter| {
             family.space(waiter.space).and_then(|space| space.remote_at(waiter.at)) != Some(asked.first)
         });
         let slice = limits::INSTALL_SLICE_PAGES * PAGE_SIZE;
         for (i, part) in data.chunks(slice).enumerate() {
-            let first = asked.first + (i * limits::INSTALL_SLICE_PAGES) as u64;
-            match family.arrived(first, part, asked.purpose.origin()) {
+            let done = (i * limits::INSTALL_SLICE_PAGES) as u64;
+            match family.arrived(asked.first + done, part, asked.purpose.origin()) {
                 Ok(Arrival::Settled) => {}
-                Ok(Arrival::Blocked(why)) => return Err(why),
+                Ok(Arrival::Blocked(why)) => return Err((why, done)),
                 Err(error) => {
                     drop(family);
                     self.notify(Notice::Broken(format!("install failed: {error}")));
@@ -627,16 +637,19 @@ impl<U: Upstream> FaultLoop<U> {
     }
 
     fn retry_deferred(&mut self) {
-        for Deferred { asked, data, since } in std::mem::take(&mut self.deferred) {
+        for deferred in std::mem::take(&mut self.deferred) {
             let tree = self.tree.clone();
-            match self.install(tree.lock(asked.family), &asked, &data) {
+            let asked = &deferred.asked;
+            match self.install(tree.lock(asked.family), asked, &deferred.data) {
                 Ok(()) => {}
-                Err(Blocked::Unregistered) if since.elapsed() > limits::UNREGISTERED_PATIENCE => {
+                Err((Blocked::Unregistered, _))
+                    if deferred.since.elapsed() > limits::UNREGISTERED_PATIENCE =>
+                {
                     let mut family = self.tree.lock(asked.family);
                     tracing::error!(task = %family.task(), first = asked.first, "area lost without an event");
                     family.give_up(asked.first, asked.first + asked.pages);
                 }
-                Err(_) => self.deferred.push(Deferred { asked, data, since }),
+                Err((_, done)) => self.deferred.push(deferred.without(done)),
             }
         }
         for (position, at) in std::mem::take(&mut self.unresolved) {

@@ -59,20 +59,20 @@ impl PushError {
 pub struct PushLane {
     stream: Stream,
     tree: Arc<Tree>,
-    received: Arc<AtomicU64>,
+    heads: Arc<AtomicU64>,
     slice: Vec<u8>,
     acks: Vec<protocol::wire::frame::TaskRun>,
     swept: Instant,
 }
 
 impl PushLane {
-    /// Over a stream whose hello is done; counts what it receives in `received`.
+    /// Over a stream whose hello is done; counts the bytes of frames that are not their pages in `heads`.
     #[must_use]
-    pub fn new(stream: Stream, tree: Arc<Tree>, received: Arc<AtomicU64>) -> Self {
+    pub fn new(stream: Stream, tree: Arc<Tree>, heads: Arc<AtomicU64>) -> Self {
         Self {
             stream,
             tree,
-            received,
+            heads,
             slice: vec![0; limits::INSTALL_SLICE_PAGES * PAGE_SIZE],
             acks: Vec::new(),
             swept: Instant::now(),
@@ -117,6 +117,7 @@ impl PushLane {
         }
         let run = frame.what.run;
         let (position, first) = self.place(&frame)?;
+        self.heads.fetch_add(RUN_HEADER_LEN as u64, Ordering::Relaxed);
         let slice_pages = limits::INSTALL_SLICE_PAGES as u64;
         let mut at = first;
         while at < first + run.pages {
@@ -130,7 +131,6 @@ impl PushLane {
             .map_err(PushError::Install)?;
             at += pages;
         }
-        self.received.fetch_add((RUN_HEADER_LEN + frame.data_len) as u64, Ordering::Relaxed);
         self.tree.pushed_bytes.fetch_add(frame.data_len as u64, Ordering::Relaxed);
         let mut family = self.tree.lock_last(position);
         family.acknowledge(first, first + run.pages, RUNS_PER_ACK_MAX, &mut self.acks);
@@ -148,12 +148,11 @@ impl PushLane {
         let (task, run) = (frame.what.task, frame.what.run);
         let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
         let Some(position) = self.tree.position(task) else { return Err(not_lazy) };
-        let mut family = self.tree.lock_last(position);
+        let family = self.tree.lock_last(position);
         let map = family.map();
         let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end());
         let Some(found) = found else { return Err(not_lazy) };
         let first = found.first - map.first + run.start.pages_since(found.run.start);
-        family.announced(first, run.pages);
         Ok((position, first))
     }
 

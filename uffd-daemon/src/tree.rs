@@ -15,7 +15,7 @@ use protocol::wire::frame::TaskRun;
 use crate::cache::Kept;
 use crate::journal::{Change, Journal, What};
 use crate::limits;
-use crate::pages::{Family, SpaceId};
+use crate::pages::{Family, Origin, SpaceId};
 use crate::steering::Steered;
 
 /// A family whose installers are real userfaultfds.
@@ -259,12 +259,15 @@ impl Tree {
         self.demand_outstanding.load(Ordering::Relaxed) > 0
     }
 
-    /// The account of the whole tree.
+    /// The account of the whole tree, and how many pages the push has brought for it.
     #[must_use]
-    pub fn counts(&self) -> PageCounts {
+    pub fn account(&self) -> (PageCounts, u64) {
         let mut sum = PageCounts::default();
+        let mut pushed = 0;
         for position in 0..self.families.len() {
-            let counts = self.lock(position).counts();
+            let family = self.lock(position);
+            let counts = family.counts();
+            pushed += family.received(Origin::Push);
             sum.lazy += counts.lazy;
             sum.demand += counts.demand;
             sum.push += counts.push;
@@ -273,6 +276,12 @@ impl Tree {
             sum.gone += counts.gone;
             sum.redundant += counts.redundant;
         }
-        sum
+        (sum, pushed)
+    }
+
+    /// The account of the whole tree.
+    #[must_use]
+    pub fn counts(&self) -> PageCounts {
+        self.account().0
     }
 }

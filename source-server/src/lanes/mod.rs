@@ -1,10 +1,12 @@
 //! The source's end of a session's lanes: one thread each.
 
+mod aside;
 mod fault;
 mod order;
 mod push;
 mod window;
 
+pub(crate) use aside::{Aside, CALLING_THREAD};
 pub use fault::serve_faults;
 pub use order::Order;
 pub(crate) use push::Throttle;

@@ -5,7 +5,6 @@ use std::str::FromStr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use host::placement::Processors;
 use host::waiting;
 use protocol::link::Stream;
 use protocol::units::pages_to_bytes;
@@ -13,6 +12,7 @@ use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, decode_ack};
 use protocol::wire::limits::DEAD_LINK_AFTER;
 
+use super::aside::{Aside, CALLING_THREAD};
 use super::order::Order;
 use super::window::Window;
 use super::{LaneError, Lanes};
@@ -75,7 +75,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
-        aside.follow(lanes, lane.pump_thread());
+        aside.follow(lanes, lane.pump_thread().into_iter().chain([CALLING_THREAD]));
         while lanes.fault_served.load(Ordering::Relaxed) {
             std::thread::yield_now();
         }
@@ -95,31 +95,6 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         window.follow(lane);
     }
     Ok(())
-}
-
-/// Keeps a thread of the push off the processor that serves faults, as long as it does.
-struct Aside {
-    allowed: Option<Processors>,
-    avoided: Option<usize>,
-}
-
-impl Aside {
-    fn new() -> Self {
-        Self { allowed: Processors::allowed().ok(), avoided: None }
-    }
-
-    /// Moves the calling thread, and `other` with it, when faults are served elsewhere than before.
-    fn follow(&mut self, lanes: &Lanes, other: Option<i32>) {
-        let busy = lanes.busy_processor();
-        let Some(allowed) = self.allowed.filter(|_| busy != self.avoided) else { return };
-        self.avoided = busy;
-        let mut processors = Processors::none();
-        busy.into_iter().for_each(|cpu| processors.add(cpu));
-        for thread in other.into_iter().chain([0]) {
-            // If it is refused, the thread runs wherever it did.
-            let _ = allowed.without(processors).keep(thread);
-        }
-    }
 }
 
 /// Holds a sender to its pace.
@@ -175,7 +150,7 @@ pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             }
         }
         lane.receive_all(&mut head).map_err(&broken)?;
-        aside.follow(lanes, None);
+        aside.follow(lanes, [CALLING_THREAD]);
         let header = Header::decode(&head)?;
         if header.kind != Kind::Ack {
             let error = CodecError::Meaning { field: "frame kind on this lane", value: header.kind as u64 };

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use host::hooks::HookPhase;
+use host::placement::threads_of;
 use host::progress::mib;
 use host::report::Recorder;
 use host::waiting;
@@ -16,7 +17,7 @@ use super::frozen::{Answer, Commit, Frozen, Notice, Serving, Tasks, error_event,
 use super::session::{Next, Session};
 use super::{MoveError, Mover};
 use crate::kept::Holder;
-use crate::lanes::{acknowledgements, push};
+use crate::lanes::{Aside, acknowledgements, push};
 use crate::limits;
 
 /// A move whose tasks run at the destination, or are about to.
@@ -282,6 +283,9 @@ impl<'a> Committed<'a> {
     /// pids are free. With the `frozen` store the tasks are the store, and stay until the release.
     fn let_go_of_tasks(&mut self, mover: &Mover) {
         let Some(tasks) = &mut self.tasks else { return };
+        // Both let go of as much memory as the tasks have.
+        let ending = tasks.tree.tasks.iter().map(|task| task.pid).chain([tasks.dump.pid()]);
+        Aside::new().follow(&self.serving.lanes, ending.flat_map(threads_of));
         if let Err(error) = tasks.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
             tracing::warn!("{error}; the tasks are stopped all the same");
         }

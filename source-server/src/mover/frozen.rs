@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use host::criu::Criu;
 use host::hooks::HookPhase;
 use host::mailbox::{Mailbox, Post, mailbox};
+use host::placement::threads_of;
 use host::workdir::WorkDir;
 use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
@@ -21,7 +22,7 @@ use super::session::{Next, Session};
 use super::{Mover, StoreKind};
 use crate::dump::{Dump, DumpError};
 use crate::fence::{self, Fence};
-use crate::lanes::{LaneError, Lanes, serve_faults};
+use crate::lanes::{Aside, CALLING_THREAD, LaneError, Lanes, serve_faults};
 use crate::limits;
 use crate::netlock::NetworkLock;
 use crate::precopy::Copied;
@@ -187,8 +188,11 @@ impl<'a> Frozen<'a> {
         let Ok(server) = self.tasks.dump.server.try_clone() else { return };
         let (post, layout) = (self.serving.post.clone(), criu.layout);
         self.drained = false;
+        let (lanes, criu) = (self.serving.lanes.clone(), self.tasks.dump.pid());
         self.tasks.drain = Some(std::thread::spawn(move || {
-            let result = pipes.drain(&server, layout);
+            let mut aside = Aside::new();
+            let make_way = || aside.follow(&lanes, threads_of(criu).chain([CALLING_THREAD]));
+            let result = pipes.drain(&server, layout, make_way);
             if result.is_err() {
                 pipes.give_up();
             }

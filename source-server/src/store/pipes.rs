@@ -149,11 +149,16 @@ impl PipeStore {
         self.progress.notify_all();
     }
 
-    /// Drains CRIU's page server: one request per lazy run, its pages moved by reference.
+    /// Drains CRIU's page server: one request per lazy run, its pages moved by reference. Calls `each` before every one.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is lost, the tasks still have every page.
-    pub fn drain(&self, server: &UnixStream, layout: HeaderLayout) -> Result<(), StoreError> {
+    pub fn drain(
+        &self,
+        server: &UnixStream,
+        layout: HeaderLayout,
+        mut each: impl FnMut(),
+    ) -> Result<(), StoreError> {
         let mut filling = Filling { store: self, chunk: 0, pipe: None, pages: 0 };
         for task in self.map.tasks() {
             for indexed in &task.runs {
@@ -162,6 +167,7 @@ impl PipeStore {
                     if self.given_up.load(Ordering::Relaxed) {
                         return Err(StoreError::GivenUp);
                     }
+                    each();
                     let got = request(server, layout, task.id, run)?;
                     filling.take(server, got)?;
                     rest = PageRun::new(run.start.add(got), run.pages - got);

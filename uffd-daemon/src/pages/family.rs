@@ -101,7 +101,14 @@ pub struct Family<I> {
     came_by: [u64; ORIGINS],
     /// Not acknowledged to the source yet.
     unreported: Bitmap,
-    redundant: u64,
+    /// Pages whose data was dealt with, however often, by the way they came.
+    received: [u64; ORIGINS],
+    /// Of these, pages that every task had dropped.
+    discarded: u64,
+    /// Pages that tasks had made themselves where others were to be installed.
+    present: u64,
+    /// Pages that a daemon before this one received.
+    taken_over: u64,
 }
 
 impl<I: Installer> Family<I> {
@@ -115,7 +122,10 @@ impl<I: Installer> Family<I> {
             came_by: [0; ORIGINS],
             unreported: Bitmap::full(map.pages),
             members: Vec::new(),
-            redundant: 0,
+            received: [0; ORIGINS],
+            discarded: 0,
+            present: 0,
+            taken_over: 0,
             map,
         }
     }
@@ -272,7 +282,9 @@ impl<I: Installer> Family<I> {
             for member in self.members.iter_mut().flatten() {
                 member.space.settle(from, to - from);
             }
-            self.came_by[Origin::Push as usize] += self.came.set_range(from, to);
+            let taken_over = self.came.set_range(from, to);
+            self.came_by[Origin::Push as usize] += taken_over;
+            self.taken_over += taken_over;
             self.unreported.unset_range(from, to);
             at = behind;
         }
@@ -297,9 +309,18 @@ impl<I: Installer> Family<I> {
     pub fn arrived(&mut self, first: u64, data: &[u8], origin: Origin) -> io::Result<Arrival> {
         let arrival = self.put(first, Content::Pages(data), origin)?;
         if arrival == Arrival::Settled {
-            self.forget_kept(first, first + (data.len() / PAGE_SIZE) as u64);
+            let pages = (data.len() / PAGE_SIZE) as u64;
+            self.forget_kept(first, first + pages);
+            self.received[origin as usize] += pages;
+            self.discarded += pages - self.came.count_range(first, first + pages);
         }
         Ok(arrival)
+    }
+
+    /// Pages whose data came as `origin` says and was dealt with, however often.
+    #[must_use]
+    pub const fn received(&self, origin: Origin) -> u64 {
+        self.received[origin as usize]
     }
 
     /// Installs what is kept of the pages `first..end`, wherever they are remote; what is installed is no longer kept.
@@ -389,7 +410,7 @@ impl<I: Installer> Family<I> {
             Install::Present => {
                 // Nobody else installs in this space, so this is a page the task made itself.
                 member.installer.wake(stretch.at, PAGE_BYTES)?;
-                self.redundant += 1;
+                self.present += 1;
                 Ok(1)
             }
             Install::Deferred => Err(Blocked::Changing),
@@ -485,12 +506,6 @@ impl<I: Installer> Family<I> {
         }
     }
 
-    /// `pages` pages from `first` have come in: those that came before count as redundant.
-    pub fn announced(&mut self, first: u64, pages: u64) {
-        let end = first + pages;
-        self.redundant += self.came.count_range(first, end);
-    }
-
     /// Gives up on pages that cannot be installed because their area is not registered any more.
     pub fn give_up(&mut self, first: u64, end: u64) {
         for member in self.members.iter_mut().flatten() {
@@ -557,7 +572,10 @@ impl<I: Installer> Family<I> {
         let [demand, push, precopied, zero] = self.came_by;
         let lazy = self.map.pages;
         let gone = lazy - demand - push - precopied - zero;
-        PageCounts { lazy, demand, push, precopied, zero, gone, redundant: self.redundant }
+        // Of data that was dealt with only in part, pages count as installed before they count as received.
+        let first = demand + push - self.taken_over + self.discarded;
+        let again = self.received.iter().sum::<u64>().saturating_sub(first);
+        PageCounts { lazy, demand, push, precopied, zero, gone, redundant: again + self.present }
     }
 }
 
@@ -636,11 +654,13 @@ mod tests {
         assert_eq!(family.fault(root, addr(17)), Resolution::Asked(1));
         assert_eq!(family.fault(root, addr(99)), Resolution::Zero);
         assert_eq!(family.arrived(1, &data(1..2), Origin::Demand).unwrap(), Arrival::Settled);
-        family.announced(0, 3);
         assert_eq!(family.arrived(0, &data(0..3), Origin::Push).unwrap(), Arrival::Settled);
         family.removed(root, addr(19), addr(20));
+        // Too late is not twice.
+        assert_eq!(family.arrived(3, &data(3..4), Origin::Push).unwrap(), Arrival::Settled);
         let counts = family.counts();
         assert_eq!((counts.demand, counts.push, counts.gone, counts.redundant), (1, 2, 1, 1));
+        assert_eq!((family.received(Origin::Demand), family.received(Origin::Push)), (1, 4));
         assert_eq!(family.remote_pages(), 0);
         assert_eq!(kernel.pages.borrow().values().copied().collect::<Vec<_>>(), [0, 1, 2]);
     }

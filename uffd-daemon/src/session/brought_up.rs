@@ -17,8 +17,8 @@ use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
-use protocol::units::TaskId;
-use protocol::wire::control::Control;
+use protocol::units::{TaskId, pages_to_bytes};
+use protocol::wire::control::{Control, PageCounts};
 use protocol::wire::switchover::destination::Event;
 
 use super::precopy::Precopied;
@@ -87,7 +87,8 @@ pub(super) struct BroughtUp {
     pub(super) latency: LatencyHistogram,
     pub(super) notices: Mailbox<Notice>,
     pub(super) pushed: Mailbox<Result<(), PushError>>,
-    pub(super) push_bytes: ByteCount,
+    /// Bytes of the push lane that are no page.
+    push_heads: ByteCount,
     pub(super) frozen_at: Option<Instant>,
     fault_bytes: ByteCount,
     push_post: Post<Result<(), PushError>>,
@@ -184,7 +185,7 @@ impl BroughtUp {
             latency,
             notices,
             pushed,
-            push_bytes: Arc::new(AtomicU64::new(0)),
+            push_heads: Arc::new(AtomicU64::new(0)),
             frozen_at: None,
             fault_bytes,
             push_post,
@@ -275,7 +276,7 @@ impl BroughtUp {
             latency,
             notices,
             pushed,
-            push_bytes: Arc::new(AtomicU64::new(0)),
+            push_heads: Arc::new(AtomicU64::new(0)),
             frozen_at: None,
             fault_bytes: Arc::new(AtomicU64::new(0)),
             push_post,
@@ -424,7 +425,7 @@ impl BroughtUp {
     pub(super) fn start_push(&mut self) {
         let Some(stream) = self.push_lane.take() else { return };
         let kept = stream.try_clone();
-        let lane = PushLane::new(stream, self.tree.clone(), self.push_bytes.clone());
+        let lane = PushLane::new(stream, self.tree.clone(), self.push_heads.clone());
         let post = self.push_post.clone();
         self.push_lane = kept.ok();
         self.push_thread =
@@ -457,6 +458,13 @@ impl BroughtUp {
     /// Has the fault loop look whether everything is settled and every question answered, and say so.
     pub(super) fn ask_whether_settled(&self) {
         self.commands.send(Command::Running);
+    }
+
+    /// The account, and the bytes of the push lane that are in it.
+    pub(super) fn account(&self) -> (PageCounts, u64) {
+        let (counts, pushed) = self.tree.account();
+        // Read last: no page is without the head of its frame.
+        (counts, self.push_heads.load(Ordering::Relaxed) + pages_to_bytes(pushed))
     }
 
     /// Bytes received on the fault lane.

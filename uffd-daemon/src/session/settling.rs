@@ -322,11 +322,12 @@ impl Session {
     fn summary(&self, brought_up: &BroughtUp, running_at: Instant) -> Summary {
         let settled_at = brought_up.tree.settled_at().unwrap_or_else(Instant::now);
         let brownout = settled_at.saturating_duration_since(running_at);
+        let (pages, push_lane_bytes) = brought_up.account();
         Summary {
-            pages: brought_up.tree.counts(),
+            pages,
             latency: latency::summary(&brought_up.latency),
             fault_lane_bytes: brought_up.fault_bytes(),
-            push_lane_bytes: brought_up.push_bytes.load(Ordering::Relaxed),
+            push_lane_bytes,
             brownout_us: u64::try_from(brownout.as_micros()).unwrap_or(u64::MAX),
         }
     }
