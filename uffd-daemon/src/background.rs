@@ -7,15 +7,35 @@ use crate::limits;
 use crate::pages::{Arrival, Blocked};
 use crate::tree::{TaskFamily, Tree};
 
-/// Has `install` put the pages `first..end` of a family where they are missing, until it could.
+/// Pages that could not be installed, and why.
+pub struct Hindrance {
+    /// What the kernel said.
+    pub why: Blocked,
+    /// The first of them.
+    pub first: u64,
+    /// Behind the last.
+    pub end: u64,
+}
+
+impl Hindrance {
+    /// Of an arrival of the pages `first..end`, if they did not settle.
+    #[must_use]
+    pub const fn of(arrival: Arrival, (first, end): (u64, u64)) -> Option<Self> {
+        match arrival {
+            Arrival::Settled => None,
+            Arrival::Blocked(why) => Some(Self { why, first, end }),
+        }
+    }
+}
+
+/// Has `install` put pages of a family where they are missing, until nothing hinders it; it goes on where it was.
 ///
 /// # Errors
 /// An errno from the kernel that is no ordinary outcome.
 pub fn install_slice(
     tree: &Tree,
     position: usize,
-    (first, end): (u64, u64),
-    mut install: impl FnMut(&mut TaskFamily) -> io::Result<Arrival>,
+    mut install: impl FnMut(&mut TaskFamily) -> io::Result<Option<Hindrance>>,
 ) -> io::Result<()> {
     const NAP: Duration = Duration::from_micros(100);
     const YIELDS: u32 = 50;
@@ -27,15 +47,14 @@ pub fn install_slice(
             tries += 1;
             std::thread::yield_now();
         }
-        let blocked = match install(&mut tree.lock_last(position))? {
-            Arrival::Settled => return Ok(()),
-            Arrival::Blocked(blocked) => blocked,
+        let Some(Hindrance { why, first, end }) = install(&mut tree.lock_last(position))? else {
+            return Ok(());
         };
-        if blocked == Blocked::Unregistered && begun.elapsed() > limits::UNREGISTERED_PATIENCE {
+        if why == Blocked::Unregistered && begun.elapsed() > limits::UNREGISTERED_PATIENCE {
             let mut family = tree.lock_last(position);
             tracing::error!(task = %family.task(), first, pages = end - first, "area lost without an event");
             family.give_up(first, end);
-            return Ok(());
+            continue;
         }
         // The fault loop reads the event that is in the way; a fork of a large task takes a while.
         tries += 1;

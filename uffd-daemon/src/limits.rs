@@ -20,13 +20,18 @@ pub const ABANDON_PATIENCE: Duration = Duration::from_secs(10);
 /// Pages that one install holds its family's lock for: 64 KiB copy in about 15 us, which is the longest a
 /// fault waits for the push in the installer.
 pub const INSTALL_SLICE_PAGES: usize = 16;
+/// How often a fault tries for its family's lock before it sleeps there: about 20 us.
+pub const LOCK_SPINS: u32 = 400;
+/// Bytes of the push lane that are received at a time: the smaller they are the sooner the source may send on, the larger
+/// the fewer calls.
+pub const PUSH_BUFFER: usize = 256 << 10;
 /// Pages that one look for settled ones holds its family's lock for: at worst every other of them is settled, which takes 60 us.
 pub const SWEEP_PAGES: u64 = 4096;
 /// How long the push lane may be quiet before settled pages are looked for and acknowledged.
 pub const ACK_INTERVAL: Duration = Duration::from_millis(100);
 /// Settled runs that are acknowledged together. Each message wakes a thread of the source, on a processor that has
 /// better things to do; the source keeps a page no longer than [`ACK_INTERVAL`] for it.
-pub const ACKED_TOGETHER: usize = 16;
+pub const ACKED_TOGETHER: usize = 32;
 /// How long an address may be unregistered with no event about it before its pages count as unmapped.
 pub const UNREGISTERED_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the source may be silent between two pieces of its images: it reads them out of memory.

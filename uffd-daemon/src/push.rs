@@ -1,6 +1,6 @@
 //! The push lane, destination's side: pages in, acknowledgements out.
 //!
-//! One thread receives and installs in slices, so that a fault never waits behind more than one
+//! One thread receives what is there and installs it in slices, so that a fault never waits behind more than one
 //! slice in the kernel or in a family's lock.
 
 use std::io;
@@ -15,7 +15,7 @@ use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, encode_ack};
 use protocol::wire::limits::RUNS_PER_ACK_MAX;
 
-use crate::background::install_slice;
+use crate::background::{Hindrance, install_slice};
 use crate::limits;
 use crate::pages::Origin;
 use crate::tree::Tree;
@@ -60,9 +60,31 @@ pub struct PushLane {
     stream: Stream,
     tree: Arc<Tree>,
     heads: Arc<AtomicU64>,
-    slice: Vec<u8>,
+    /// What was received; `taken..filled` is still to be dealt with.
+    buffer: Vec<u8>,
+    taken: usize,
+    filled: usize,
+    /// The frame whose pages come next.
+    frame: Option<Rest>,
+    pieces: Vec<Piece>,
     acks: Vec<protocol::wire::frame::TaskRun>,
     swept: Instant,
+}
+
+/// What is left of a frame: `pages` pages of a family from `first`.
+#[derive(Clone, Copy)]
+struct Rest {
+    position: usize,
+    first: u64,
+    pages: u64,
+}
+
+/// Pages of a frame that are in the buffer, from its byte `at`.
+#[derive(Clone, Copy)]
+struct Piece {
+    first: u64,
+    pages: u64,
+    at: usize,
 }
 
 impl PushLane {
@@ -73,7 +95,11 @@ impl PushLane {
             stream,
             tree,
             heads,
-            slice: vec![0; limits::INSTALL_SLICE_PAGES * PAGE_SIZE],
+            buffer: vec![0; limits::PUSH_BUFFER],
+            taken: 0,
+            filled: 0,
+            frame: None,
+            pieces: Vec::with_capacity(limits::INSTALL_SLICE_PAGES),
             acks: Vec::new(),
             swept: Instant::now(),
         }
@@ -97,63 +123,103 @@ impl PushLane {
                     return Ok(());
                 }
             }
-            if !waiting::link_within(&self.stream, limits::ACK_INTERVAL)? {
+            if let Some(position) = self.take_pieces()? {
+                self.install(position)?;
+            } else if waiting::link_within(&self.stream, limits::ACK_INTERVAL)? {
+                self.receive()?;
+            } else {
                 self.tree.check_settled();
-                continue;
             }
-            self.frame()?;
         }
     }
 
-    /// Receives one frame and installs it slice by slice, each while it is still in the processor's cache.
-    fn frame(&mut self) -> Result<(), PushError> {
-        let mut head = [0; RUN_HEADER_LEN];
-        self.stream.receive_all(&mut head).map_err(closed)?;
-        let frame = RunFrame::decode(&head)?;
+    fn receive(&mut self) -> Result<(), PushError> {
+        self.buffer.copy_within(self.taken..self.filled, 0);
+        self.filled -= self.taken;
+        self.taken = 0;
+        match self.stream.receive_some(&mut self.buffer[self.filled..]).map_err(closed)? {
+            Some(0) => Err(PushError::Closed),
+            got => {
+                self.filled += got.unwrap_or(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// The next pages that are in the buffer, as many as are installed at a time, of one family, whose position this is.
+    /// Memory that was read here and there is pushed in frames of few pages.
+    fn take_pieces(&mut self) -> Result<Option<usize>, PushError> {
+        self.pieces.clear();
+        let mut room = limits::INSTALL_SLICE_PAGES as u64;
+        let mut position = None;
+        while room > 0 {
+            let Some(mut frame) = self.take_head()? else { break };
+            if *position.get_or_insert(frame.position) != frame.position {
+                break;
+            }
+            let pages = frame.pages.min(room).min(((self.filled - self.taken) / PAGE_SIZE) as u64);
+            if pages == 0 {
+                break;
+            }
+            self.pieces.push(Piece { first: frame.first, pages, at: self.taken });
+            self.taken += usize::try_from(pages_to_bytes(pages)).unwrap_or(0);
+            room -= pages;
+            frame.first += pages;
+            frame.pages -= pages;
+            self.frame = Some(frame).filter(|frame| frame.pages > 0);
+        }
+        Ok(position.filter(|_| !self.pieces.is_empty()))
+    }
+
+    /// The frame whose pages come next, if its head is there.
+    fn take_head(&mut self) -> Result<Option<Rest>, PushError> {
+        if self.frame.is_some() {
+            return Ok(self.frame);
+        }
+        let Some(head) = self.buffer[self.taken..self.filled].first_chunk() else { return Ok(None) };
+        let frame = RunFrame::decode(head)?;
         if frame.kind != Kind::Pages {
             return Err(
                 CodecError::Meaning { field: "frame kind on this lane", value: frame.kind as u64 }.into()
             );
         }
-        let run = frame.what.run;
-        let (position, first) = self.place(&frame)?;
+        self.taken += RUN_HEADER_LEN;
         self.heads.fetch_add(RUN_HEADER_LEN as u64, Ordering::Relaxed);
-        let slice_pages = limits::INSTALL_SLICE_PAGES as u64;
-        let mut at = first;
-        while at < first + run.pages {
-            let pages = slice_pages.min(first + run.pages - at);
-            let bytes = usize::try_from(pages_to_bytes(pages)).unwrap_or(0).min(self.slice.len());
-            self.stream.receive_all(&mut self.slice[..bytes]).map_err(closed)?;
-            let data = &self.slice[..bytes];
-            install_slice(&self.tree, position, (at, at + pages), |family| {
-                family.arrived(at, data, Origin::Push)
-            })
-            .map_err(PushError::Install)?;
-            at += pages;
-        }
-        self.tree.pushed_bytes.fetch_add(frame.data_len as u64, Ordering::Relaxed);
-        let mut family = self.tree.lock_last(position);
-        family.acknowledge(first, first + run.pages, RUNS_PER_ACK_MAX, &mut self.acks);
-        let complete = family.remote_pages() == 0;
-        drop(family);
+        let (task, run) = (frame.what.task, frame.what.run);
+        let place = self.tree.place(task, run);
+        let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
+        let (position, first) = place.ok_or(not_lazy)?;
+        self.frame = Some(Rest { position, first, pages: run.pages });
+        Ok(self.frame)
+    }
+
+    /// Installs and acknowledges the pieces.
+    fn install(&mut self, position: usize) -> Result<(), PushError> {
+        let Self { tree, buffer, pieces, acks, .. } = self;
+        let mut complete = false;
+        let mut next = 0;
+        install_slice(tree, position, |family| {
+            while let Some(&Piece { first, pages, at }) = pieces.get(next) {
+                let data = &buffer[at..][..usize::try_from(pages_to_bytes(pages)).unwrap_or(0)];
+                let end = first + pages;
+                let hindrance = Hindrance::of(family.arrived(first, data, Origin::Push)?, (first, end));
+                if hindrance.is_some() {
+                    return Ok(hindrance);
+                }
+                family.acknowledge(first, end, RUNS_PER_ACK_MAX, acks);
+                next += 1;
+            }
+            complete = family.remote_pages() == 0;
+            Ok(None)
+        })
+        .map_err(PushError::Install)?;
+        let pages = pieces.iter().map(|piece| piece.pages).sum();
+        self.tree.pushed_bytes.fetch_add(pages_to_bytes(pages), Ordering::Relaxed);
         if complete {
             self.tree.check_settled();
         }
         // What stays is sent with the next frames, or by the next sweep.
         if complete || self.acks.len() >= limits::ACKED_TOGETHER { self.send_acks() } else { Ok(()) }
-    }
-
-    /// Position of the frame's family, and the index of its first page there.
-    fn place(&self, frame: &RunFrame) -> Result<(usize, u64), PushError> {
-        let (task, run) = (frame.what.task, frame.what.run);
-        let not_lazy = PushError::NotLazy { task, start: run.start, pages: run.pages };
-        let Some(position) = self.tree.position(task) else { return Err(not_lazy) };
-        let family = self.tree.lock_last(position);
-        let map = family.map();
-        let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end());
-        let Some(found) = found else { return Err(not_lazy) };
-        let first = found.first - map.first + run.start.pages_since(found.run.start);
-        Ok((position, first))
     }
 
     /// Acknowledges what was settled otherwise: by faults, or because the task dropped it.

@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::Instant;
 
 use kernel::uffd::Uffd;
 use protocol::bitmap::Bitmap;
 use protocol::lazy_map::LazyMap;
-use protocol::units::TaskId;
+use protocol::units::{PageRun, TaskId};
 use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
@@ -128,15 +128,36 @@ impl Tree {
         self.by_task.get(&task).copied()
     }
 
+    /// Position of the family that a run of lazy pages belongs to, and the index of its first page there.
+    #[must_use]
+    pub fn place(&self, task: TaskId, run: PageRun) -> Option<(usize, u64)> {
+        let position = self.position(task)?;
+        let map = self.map.tasks().get(position)?;
+        let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end())?;
+        Some((position, found.first - map.first + run.start.pages_since(found.run.start)))
+    }
+
     /// A family, exclusively: its events are not read while this is held, and nothing else is installed.
     ///
     /// # Panics
     /// If `position` did not come from [`Tree::position`].
     pub fn lock(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
         self.urgent.fetch_add(1, Ordering::Relaxed);
-        let family = self.lock_now(position);
+        let family = self.spin(position).unwrap_or_else(|| self.lock_now(position));
         self.urgent.fetch_sub(1, Ordering::Relaxed);
         family
+    }
+
+    /// The push holds a family for a slice at a time, on another processor: to sleep, and to be woken, takes longer.
+    fn spin(&self, position: usize) -> Option<MutexGuard<'_, TaskFamily>> {
+        for _ in 0..limits::LOCK_SPINS {
+            match self.families[position].try_lock() {
+                Ok(family) => return Some(family),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+            }
+        }
+        None
     }
 
     /// As [`Tree::lock`], after everybody who waits there. A mutex is not fair: the push, which takes it again and

@@ -10,7 +10,7 @@ use host::mailbox::{Mailbox, Post, mailbox};
 
 use super::Unneeded;
 use super::kept::HOT_ROUND;
-use crate::background::install_slice;
+use crate::background::{Hindrance, install_slice};
 use crate::limits;
 use crate::tree::Tree;
 
@@ -109,8 +109,9 @@ fn run(tree: &Arc<Tree>, state: &State, post: &Post<Milestone>) -> io::Result<()
             while !ends() {
                 let next = tree.lock_last(position).next_kept(least, limits::INSTALL_SLICE_PAGES as u64);
                 let Some(pages) = next else { break };
-                install_slice(tree, position, (pages.start, pages.end), |family| {
-                    family.arrived_kept(pages.start, pages.end)
+                install_slice(tree, position, |family| {
+                    let arrival = family.arrived_kept(pages.start, pages.end)?;
+                    Ok(Hindrance::of(arrival, (pages.start, pages.end)))
                 })?;
                 if tree.lock_last(position).remote_pages() == 0 {
                     tree.check_settled();
