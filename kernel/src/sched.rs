@@ -19,6 +19,7 @@ struct SchedAttr {
 const _: () = assert!(size_of::<SchedAttr>() == 56);
 
 const SCHED_OTHER: u32 = 0;
+const SCHED_BATCH: u32 = 3;
 const SCHED_IDLE: u32 = 5;
 
 /// Gives the calling thread a time slice under the normal policy; its niceness stays.
@@ -31,6 +32,15 @@ const SCHED_IDLE: u32 = 5;
 /// The errno of `sched_setattr(2)`.
 pub fn set_slice(slice_ns: u64) -> io::Result<()> {
     set(SCHED_OTHER, slice_ns)
+}
+
+/// Gives the calling thread a time slice under the policy of work that nobody waits for: when it wakes it does not take
+/// the processor from whoever runs, but whoever wakes takes it as with [`set_slice`]. Its niceness stays.
+///
+/// # Errors
+/// The errno of `sched_setattr(2)`.
+pub fn set_batch(slice_ns: u64) -> io::Result<()> {
+    set(SCHED_BATCH, slice_ns)
 }
 
 /// Puts the calling thread into the lowest class: it runs where nobody else wants to, and whoever wakes takes the

@@ -110,7 +110,7 @@ impl PushLane {
     /// # Errors
     /// [`PushError`].
     pub fn run(mut self) -> Result<(), PushError> {
-        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
+        if let Err(error) = kernel::sched::set_batch(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the push: {error}");
         }
         let tree = self.tree.clone();

@@ -61,9 +61,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     if pace == Pace::Off {
         return Ok(());
     }
-    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
-        tracing::debug!("no short time slice for the push: {error}");
-    }
+    let_others_pass();
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
     let mut order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
     let mut window = Window::default();
@@ -95,6 +93,13 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
         window.follow(lane);
     }
     Ok(())
+}
+
+/// The threads of the push take the processor from nobody, least of all from each other while one holds what a fault waits for.
+fn let_others_pass() {
+    if let Err(error) = kernel::sched::set_batch(limits::SLICE_NS) {
+        tracing::debug!("no policy of its own for the push: {error}");
+    }
 }
 
 /// Holds a sender to its pace.
@@ -138,6 +143,7 @@ impl Throttle {
 /// # Errors
 /// [`LaneError`].
 pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
+    let_others_pass();
     let broken = LaneError::io("push");
     let mut head = [0; HEADER_LEN];
     let mut body = Vec::new();

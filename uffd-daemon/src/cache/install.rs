@@ -89,7 +89,7 @@ impl Drop for Installing {
 }
 
 fn run(tree: &Arc<Tree>, state: &State, post: &Post<Milestone>) -> io::Result<()> {
-    if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
+    if let Err(error) = kernel::sched::set_batch(limits::SLICE_NS) {
         tracing::debug!("no short time slice for installing: {error}");
     }
     let ends = || state.end.load(Ordering::Relaxed);
