@@ -4,38 +4,34 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::limits;
-use crate::pages::{Arrival, Blocked};
+use crate::pages::Blocked;
 use crate::tree::{TaskFamily, Tree};
 
-/// Pages that could not be installed, and why.
-pub struct Hindrance {
-    /// What the kernel said.
-    pub why: Blocked,
-    /// The first of them.
-    pub first: u64,
-    /// Behind the last.
-    pub end: u64,
+/// What came of installing a piece.
+pub enum Piece {
+    /// It was the last.
+    Last,
+    /// There are more: whoever waits for the family comes first.
+    More,
+    /// The kernel did not take the pages `first..end` now.
+    Blocked {
+        /// Why.
+        why: Blocked,
+        /// The first of them.
+        first: u64,
+        /// Behind the last.
+        end: u64,
+    },
 }
 
-impl Hindrance {
-    /// Of an arrival of the pages `first..end`, if they did not settle.
-    #[must_use]
-    pub const fn of(arrival: Arrival, (first, end): (u64, u64)) -> Option<Self> {
-        match arrival {
-            Arrival::Settled => None,
-            Arrival::Blocked(why) => Some(Self { why, first, end }),
-        }
-    }
-}
-
-/// Has `install` put pages of a family where they are missing, until nothing hinders it; it goes on where it was.
+/// Has `install` put pages of a family where they are missing, piece by piece, until it has nothing left.
 ///
 /// # Errors
 /// An errno from the kernel that is no ordinary outcome.
 pub fn install_slice(
     tree: &Tree,
     position: usize,
-    mut install: impl FnMut(&mut TaskFamily) -> io::Result<Option<Hindrance>>,
+    mut install: impl FnMut(&mut TaskFamily) -> io::Result<Piece>,
 ) -> io::Result<()> {
     const NAP: Duration = Duration::from_micros(100);
     const YIELDS: u32 = 50;
@@ -47,8 +43,12 @@ pub fn install_slice(
             tries += 1;
             std::thread::yield_now();
         }
-        let Some(Hindrance { why, first, end }) = install(&mut tree.lock_last(position))? else {
-            return Ok(());
+        let (why, first, end) = loop {
+            match install(&mut tree.lock_last(position))? {
+                Piece::Last => return Ok(()),
+                Piece::More => {}
+                Piece::Blocked { why, first, end } => break (why, first, end),
+            }
         };
         if why == Blocked::Unregistered && begun.elapsed() > limits::UNREGISTERED_PATIENCE {
             let mut family = tree.lock_last(position);

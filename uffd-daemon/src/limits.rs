@@ -17,11 +17,13 @@ pub const JOURNAL_CHANGES: usize = (64 << 20) / 40;
 pub const DESCRIPTION_MAX: u64 = 64 << 20;
 /// How long an address space may go on changing while its missing pages are poisoned.
 pub const ABANDON_PATIENCE: Duration = Duration::from_secs(10);
-/// Pages that one install holds its family's lock for: 64 KiB copy in about 15 us, which is the longest a
-/// fault waits for the push in the installer.
+/// Pages that are installed before the push looks again whether a fault is being served.
 pub const INSTALL_SLICE_PAGES: usize = 16;
-/// How often a fault tries for its family's lock before it sleeps there: about 20 us.
-pub const LOCK_SPINS: u32 = 400;
+/// Of these, pages that the push installs while it holds their family's lock: 32 KiB copy in about 10 us, the longest that
+/// a fault waits for the push in the installer.
+pub const PIECE_PAGES: u64 = 8;
+/// How often a fault tries for its family's lock before it sleeps there: about 50 us.
+pub const LOCK_SPINS: u32 = 1500;
 /// Bytes of the push lane that are received at a time: the smaller they are the sooner the source may send on, the larger
 /// the fewer calls.
 pub const PUSH_BUFFER: usize = 256 << 10;

@@ -15,9 +15,9 @@ use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, encode_ack};
 use protocol::wire::limits::RUNS_PER_ACK_MAX;
 
-use crate::background::{Hindrance, install_slice};
+use crate::background::{Piece, install_slice};
 use crate::limits;
-use crate::pages::Origin;
+use crate::pages::{Arrival, Origin};
 use crate::tree::Tree;
 
 /// Why the push ended before everything was settled.
@@ -66,7 +66,7 @@ pub struct PushLane {
     filled: usize,
     /// The frame whose pages come next.
     frame: Option<Rest>,
-    pieces: Vec<Piece>,
+    pieces: Vec<Received>,
     acks: Vec<protocol::wire::frame::TaskRun>,
     swept: Instant,
 }
@@ -81,7 +81,7 @@ struct Rest {
 
 /// Pages of a frame that are in the buffer, from its byte `at`.
 #[derive(Clone, Copy)]
-struct Piece {
+struct Received {
     first: u64,
     pages: u64,
     at: usize,
@@ -157,11 +157,15 @@ impl PushLane {
             if *position.get_or_insert(frame.position) != frame.position {
                 break;
             }
-            let pages = frame.pages.min(room).min(((self.filled - self.taken) / PAGE_SIZE) as u64);
+            let pages = frame
+                .pages
+                .min(room)
+                .min(limits::PIECE_PAGES)
+                .min(((self.filled - self.taken) / PAGE_SIZE) as u64);
             if pages == 0 {
                 break;
             }
-            self.pieces.push(Piece { first: frame.first, pages, at: self.taken });
+            self.pieces.push(Received { first: frame.first, pages, at: self.taken });
             self.taken += usize::try_from(pages_to_bytes(pages)).unwrap_or(0);
             room -= pages;
             frame.first += pages;
@@ -197,20 +201,19 @@ impl PushLane {
     fn install(&mut self, position: usize) -> Result<(), PushError> {
         let Self { tree, buffer, pieces, acks, .. } = self;
         let mut complete = false;
-        let mut next = 0;
+        let mut left = pieces.iter();
+        let mut piece = left.next();
         install_slice(tree, position, |family| {
-            while let Some(&Piece { first, pages, at }) = pieces.get(next) {
-                let data = &buffer[at..][..usize::try_from(pages_to_bytes(pages)).unwrap_or(0)];
-                let end = first + pages;
-                let hindrance = Hindrance::of(family.arrived(first, data, Origin::Push)?, (first, end));
-                if hindrance.is_some() {
-                    return Ok(hindrance);
-                }
-                family.acknowledge(first, end, RUNS_PER_ACK_MAX, acks);
-                next += 1;
+            let Some(&Received { first, pages, at }) = piece else { return Ok(Piece::Last) };
+            let data = &buffer[at..][..usize::try_from(pages_to_bytes(pages)).unwrap_or(0)];
+            let end = first + pages;
+            if let Arrival::Blocked(why) = family.arrived(first, data, Origin::Push)? {
+                return Ok(Piece::Blocked { why, first, end });
             }
+            family.acknowledge(first, end, RUNS_PER_ACK_MAX, acks);
+            piece = left.next();
             complete = family.remote_pages() == 0;
-            Ok(None)
+            Ok(if piece.is_some() { Piece::More } else { Piece::Last })
         })
         .map_err(PushError::Install)?;
         let pages = pieces.iter().map(|piece| piece.pages).sum();

@@ -10,8 +10,9 @@ use host::mailbox::{Mailbox, Post, mailbox};
 
 use super::Unneeded;
 use super::kept::HOT_ROUND;
-use crate::background::{Hindrance, install_slice};
+use crate::background::{Piece, install_slice};
 use crate::limits;
+use crate::pages::Arrival;
 use crate::tree::Tree;
 
 /// How far it is.
@@ -110,8 +111,10 @@ fn run(tree: &Arc<Tree>, state: &State, post: &Post<Milestone>) -> io::Result<()
                 let next = tree.lock_last(position).next_kept(least, limits::INSTALL_SLICE_PAGES as u64);
                 let Some(pages) = next else { break };
                 install_slice(tree, position, |family| {
-                    let arrival = family.arrived_kept(pages.start, pages.end)?;
-                    Ok(Hindrance::of(arrival, (pages.start, pages.end)))
+                    Ok(match family.arrived_kept(pages.start, pages.end)? {
+                        Arrival::Settled => Piece::Last,
+                        Arrival::Blocked(why) => Piece::Blocked { why, first: pages.start, end: pages.end },
+                    })
                 })?;
                 if tree.lock_last(position).remote_pages() == 0 {
                     tree.check_settled();
