@@ -38,7 +38,7 @@ pub fn install_slice(
     let begun = Instant::now();
     let mut tries = 0;
     loop {
-        while tree.demand_waits() && tries < YIELDS {
+        while tree.demand_waits() && tries < 5 {
             // Demand goes first; the bound keeps a fault on a lost link from stopping everything else.
             tries += 1;
             std::thread::yield_now();

@@ -355,8 +355,9 @@ impl PageStore for PipeStore {
             let len = bytes(run.what.run.pages);
             let head = run.what.frame(Kind::Pages, id, len);
             scratch.skip(bytes(offset - at)).map_err(StoreError::io("duplicate a chunk"))?;
-            scratch.send(link, &head, len).map_err(StoreError::Link)?;
             at = offset + run.what.run.pages;
+            // Memory that was read here and there has short runs: together they cost as much as a long one.
+            scratch.send(link, &head, len, at < end).map_err(StoreError::Link)?;
         }
         Ok(true)
     }

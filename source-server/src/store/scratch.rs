@@ -70,19 +70,20 @@ impl Scratch {
     }
 
     /// Sends `head` and `bytes` bytes from the front: by reference where the link takes pages as they are, through a
-    /// buffer where it encrypts them.
+    /// buffer where it encrypts them. With `more`, the kernel may wait for what follows.
     ///
     /// # Errors
     /// The errno of `splice(2)`, `read(2)` or of the link.
-    pub fn send(&mut self, link: &Stream, head: &[u8], bytes: usize) -> io::Result<()> {
+    pub fn send(&mut self, link: &Stream, head: &[u8], bytes: usize, more: bool) -> io::Result<()> {
         if link.is_plain() {
             link.send_all(head, true)?;
-            return self.splice_to(link.as_fd(), bytes, SpliceFFlags::empty());
+            let flags = if more { SpliceFFlags::SPLICE_F_MORE } else { SpliceFFlags::empty() };
+            return self.splice_to(link.as_fd(), bytes, flags);
         }
         // Grows to the largest frame once.
         self.copy.resize(bytes.max(self.copy.len()), 0);
         self.reader.read_exact(&mut self.copy[..bytes])?;
-        link.send_both(head, &self.copy[..bytes], false)
+        link.send_both(head, &self.copy[..bytes], more)
     }
 
     fn splice_to(&self, to: BorrowedFd<'_>, bytes: usize, flags: SpliceFFlags) -> io::Result<()> {
