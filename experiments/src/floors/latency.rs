@@ -1,7 +1,7 @@
 //! Probes of single faults and requests.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Barrier;
@@ -13,7 +13,7 @@ use anyhow::{Context, anyhow, ensure};
 use hdrhistogram::Histogram;
 use kernel::uffd::{Event, EventBuffer};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::SockRef;
+use protocol::link::tcp;
 
 use super::memory::{CHUNK, LazyMemory, PAGE};
 use super::{Cores, Extent, Found, PATIENCE, keep_on};
@@ -29,15 +29,13 @@ const WARM_UP: usize = 64;
 
 /// A connection over loopback: client, server. The congestion control is the tools' own.
 pub(super) fn connection() -> anyhow::Result<(TcpStream, TcpStream)> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let client = TcpStream::connect(listener.local_addr()?)?;
+    let listener = tcp::listen(([127, 0, 0, 1], 0).into())?;
+    let client = tcp::connect(listener.local_addr()?, PATIENCE)?;
     let (server, _) = listener.accept()?;
     for stream in [&client, &server] {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        // A kernel without it keeps its own choice.
-        let _ = SockRef::from(stream).set_tcp_congestion(b"cubic");
     }
     Ok((client, server))
 }

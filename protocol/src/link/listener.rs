@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::quic::{QuicAccepted, QuicListener};
 use super::tls::{TlsError, TlsStream};
-use super::{Credentials, Endpoint, LinkError, SecureEndpoint, Stream};
+use super::{Credentials, Endpoint, LinkError, SecureEndpoint, Stream, tcp};
 use crate::wire::hello::{HELLO_LEN, Hello, HelloError, Refusal, encode_reply};
 use crate::wire::limits;
 
@@ -49,9 +49,9 @@ impl Listener {
     pub fn bind(endpoint: &Endpoint) -> Result<Self, LinkError> {
         let fail = |source| LinkError::Io { doing: "listen at", endpoint: endpoint.to_string(), source };
         match endpoint {
-            Endpoint::Tcp(addr) => Ok(Self::Tcp(TcpListener::bind(addr).map_err(fail)?)),
+            Endpoint::Tcp(addr) => Ok(Self::Tcp(tcp::listen(*addr).map_err(fail)?)),
             Endpoint::Unix(path) => Ok(Self::Unix(bind_unix(path).map_err(fail)?)),
-            Endpoint::Tls(at) => Ok(Self::Tls(TcpListener::bind(at.addr).map_err(fail)?, at.clone())),
+            Endpoint::Tls(at) => Ok(Self::Tls(tcp::listen(at.addr).map_err(fail)?, at.clone())),
             Endpoint::Quic(at) => {
                 let listener = QuicListener::bind(at.addr, at.credentials.clone());
                 Ok(Self::Quic(Box::new(listener.map_err(fail)?), at.clone()))

@@ -7,6 +7,7 @@
 //! - [`Endpoint`]: where a peer listens, over which link, and for whom
 //! - [`Stream`], [`ControlChannel`]: a connection; [`Listener`]: who connects
 //! - [`Credentials`]: who this side is and whom it talks to, where the link authenticates
+//! - [`tcp`]: plain sockets, and what they are before they connect
 //! - [`tls`]: TLS 1.3 with a state of its own for each direction; `quic`: QUIC with a connection for each lane
 
 mod control;
@@ -14,6 +15,7 @@ mod credentials;
 mod listener;
 mod quic;
 mod stream;
+pub mod tcp;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

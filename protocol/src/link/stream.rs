@@ -1,7 +1,7 @@
 //! Stream sockets, tuned by role.
 
 use std::io::{self, IoSlice, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 use super::quic::QuicStream;
 use super::tls::{TlsError, TlsStream};
-use super::{Endpoint, Link, LinkError};
+use super::{Endpoint, Link, LinkError, tcp};
 use crate::wire::hello::{HELLO_REPLY_LEN, Hello, Refusal, Role, decode_reply, encode_reply};
 use crate::wire::limits;
 
@@ -62,7 +62,7 @@ impl Stream {
     pub fn dial_within(endpoint: &Endpoint, hello: &Hello, limit: Duration) -> Result<Self, LinkError> {
         let fail = |source| LinkError::Io { doing: "connect to", endpoint: endpoint.to_string(), source };
         let deadline = Instant::now() + limit;
-        let connect = |addr| TcpStream::connect_timeout(addr, limit);
+        let connect = |addr: &SocketAddr| tcp::connect(*addr, limit);
         let stream = match endpoint {
             Endpoint::Tcp(addr) => Self::Tcp(connect(addr).map_err(fail)?),
             Endpoint::Unix(path) => Self::Unix(UnixStream::connect(path).map_err(fail)?),
@@ -349,9 +349,6 @@ impl Stream {
         }
         if !matches!(self, Self::Unix(_)) {
             socket.set_tcp_nodelay(true)?;
-            // BBR, a common default, paces loopback and data-centre links far below their rate and adds
-            // milliseconds to single requests; cubic is built into every kernel that has not removed it.
-            let _ = socket.set_tcp_congestion(b"cubic");
             if role != Role::Push {
                 // On a push lane it would also end the connection to a live peer that is too busy to read: the
                 // kernel counts a window that stays shut as a timeout.

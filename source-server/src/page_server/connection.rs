@@ -67,8 +67,6 @@ pub(super) enum ConnectionError {
 /// Prepares a client's socket. Nothing here is worth refusing a client for.
 pub(super) fn tune(stream: &Stream) {
     let _ = setsockopt(stream, sockopt::TcpNoDelay, &true);
-    // BBR, a common default, paces single answers and adds milliseconds to them on short links.
-    let _ = setsockopt(stream, sockopt::TcpCongestion, &"cubic".into());
     let _ = setsockopt(stream, sockopt::KeepAlive, &true);
     let _ = setsockopt(stream, sockopt::TcpKeepIdle, &limits::KEEPALIVE_IDLE_SECS);
     let _ = setsockopt(stream, sockopt::TcpKeepInterval, &limits::KEEPALIVE_INTERVAL_SECS);

@@ -21,7 +21,7 @@ use nix::sys::socket::{
 use protocol::criu::page_server::{
     CLOSE_STATUS_LEN, Command, Header, HeaderError, HeaderLayout, MAX_HEADER_LEN,
 };
-use protocol::link::Stream;
+use protocol::link::{Stream, tcp};
 use protocol::units::{PAGE_SIZE, PageRun, TaskId};
 
 use super::{Answer, AskId, Upstream, UpstreamError};
@@ -68,7 +68,7 @@ impl PageServer {
     /// # Errors
     /// The errno of `connect(2)`.
     pub fn connect(addr: SocketAddr, layout: HeaderLayout) -> io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&addr, CONNECT_TIMEOUT)?;
+        let stream = tcp::connect(addr, CONNECT_TIMEOUT)?;
         Ok(Self::new(Stream::Tcp(stream), layout, Command::Close))
     }
 
@@ -177,7 +177,7 @@ fn wrong(error: &HeaderError) -> UpstreamError {
 fn tune(stream: &Stream) {
     if let Stream::Tcp(stream) = stream {
         let _ = stream.set_nodelay(true);
-        // BBR, a common default, paces single requests and adds milliseconds to them on short links.
+        // Of one that was inherited; what it was made with stays in part.
         let _ = setsockopt(stream, sockopt::TcpCongestion, &"cubic".into());
         let _ = setsockopt(stream, sockopt::KeepAlive, &true);
         let _ = setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_SECS);
