@@ -1,5 +1,7 @@
 //! In which order chunks are pushed: on from where the last fault was, each once; before any fault, hot ones first.
 
+use std::ops::Range;
+
 use protocol::bitmap::Bitmap;
 
 /// The chunks that are still to be pushed.
@@ -28,32 +30,39 @@ impl Order {
     }
 
     /// The next chunk: `wanted` if it is still to be pushed, else the next hot one, else the one behind the last, around the
-    /// end.
-    pub fn next(&mut self, wanted: Option<u64>) -> Option<u64> {
+    /// end. Only the first `ready` chunks are there; one behind them is the next only if none of them is left.
+    pub fn next(&mut self, wanted: Option<u64>, ready: u64) -> Option<u64> {
         if self.left == 0 {
             return None;
         }
-        let chunks = self.done.len();
-        if let Some(wanted) = wanted.filter(|wanted| *wanted < chunks && !self.done.get(*wanted)) {
+        let ready = ready.min(self.done.len());
+        if let Some(wanted) = wanted.filter(|wanted| *wanted < ready && !self.done.get(*wanted)) {
             self.at = wanted;
-        } else if let Some(hot) = self.next_hot() {
+        } else if let Some(hot) = self.next_hot(ready) {
             return Some(hot);
         }
-        loop {
-            let chunk = if self.at < chunks { self.at } else { 0 };
-            if self.done.set(chunk) {
-                self.at = chunk + 1;
-                self.left -= 1;
-                return Some(chunk);
-            }
-            self.at = self.done.run_in(chunk, chunks).map_or(chunks, |(_, behind)| behind);
-        }
+        let chunk = [self.at..ready, 0..self.at.min(ready), ready..self.done.len()];
+        let chunk = chunk.into_iter().find_map(|chunks| self.first_left(chunks))?;
+        self.take(chunk);
+        self.at = chunk + 1;
+        Some(chunk)
     }
 
-    fn next_hot(&mut self) -> Option<u64> {
-        while let Some(chunk) = self.hot.pop() {
-            if self.done.set(chunk) {
-                self.left -= 1;
+    fn first_left(&self, chunks: Range<u64>) -> Option<u64> {
+        let behind = self.done.run_in(chunks.start, chunks.end).filter(|(first, _)| *first == chunks.start);
+        let first = behind.map_or(chunks.start, |(_, behind)| behind);
+        (first < chunks.end).then_some(first)
+    }
+
+    fn take(&mut self, chunk: u64) -> bool {
+        let fresh = self.done.set(chunk);
+        self.left -= u64::from(fresh);
+        fresh
+    }
+
+    fn next_hot(&mut self, ready: u64) -> Option<u64> {
+        while let Some(chunk) = self.hot.pop_if(|chunk| *chunk < ready) {
+            if self.take(chunk) {
                 return Some(chunk);
             }
         }
@@ -69,25 +78,37 @@ mod tests {
     #[test]
     fn goes_on_behind_a_fault_and_around_the_end() {
         let mut order = Order::new(6);
-        assert_eq!(order.next(None), Some(0));
-        assert_eq!(order.next(Some(4)), Some(4));
-        assert_eq!(order.next(Some(4)), Some(5), "pushed already: no way back");
-        assert_eq!(order.next(Some(99)), Some(1));
-        assert_eq!(order.next(Some(3)), Some(3));
-        assert_eq!(order.next(None), Some(2));
-        assert_eq!(order.next(Some(2)), None);
+        assert_eq!(order.next(None, 6), Some(0));
+        assert_eq!(order.next(Some(4), 6), Some(4));
+        assert_eq!(order.next(Some(4), 6), Some(5), "pushed already: no way back");
+        assert_eq!(order.next(Some(99), 6), Some(1));
+        assert_eq!(order.next(Some(3), 6), Some(3));
+        assert_eq!(order.next(None, 6), Some(2));
+        assert_eq!(order.next(Some(2), 6), None);
+    }
+
+    #[test]
+    fn what_is_not_there_yet_is_not_waited_for() {
+        let mut order = Order::hot_first(6, vec![1, 4]);
+        assert_eq!(order.next(Some(5), 2), Some(1), "hot, and there");
+        assert_eq!(order.next(Some(5), 2), Some(0));
+        assert_eq!(order.next(Some(5), 2), Some(2), "nothing else is left");
+        assert_eq!(order.next(Some(5), 6), Some(5));
+        assert_eq!(order.next(None, 6), Some(4));
+        assert_eq!(order.next(None, 6), Some(3));
+        assert_eq!(order.next(None, 6), None);
     }
 
     #[test]
     fn hot_chunks_come_first_and_a_fault_before_them() {
         let mut order = Order::hot_first(6, vec![1, 4, 5, 99]);
-        assert_eq!(order.next(None), Some(1));
-        assert_eq!(order.next(Some(2)), Some(2));
-        assert_eq!(order.next(Some(5)), Some(5));
-        assert_eq!(order.next(None), Some(4));
-        assert_eq!(order.next(None), Some(0), "on from the last fault, around the end");
-        assert_eq!(order.next(None), Some(3));
-        assert_eq!(order.next(None), None);
+        assert_eq!(order.next(None, 6), Some(1));
+        assert_eq!(order.next(Some(2), 6), Some(2));
+        assert_eq!(order.next(Some(5), 6), Some(5));
+        assert_eq!(order.next(None, 6), Some(4));
+        assert_eq!(order.next(None, 6), Some(0), "on from the last fault, around the end");
+        assert_eq!(order.next(None, 6), Some(3));
+        assert_eq!(order.next(None, 6), None);
     }
 
     proptest! {
@@ -95,11 +116,11 @@ mod tests {
         fn every_chunk_comes_once(
             chunks in 0_u64..200,
             hot in prop::collection::vec(0_u64..220, 0..50),
-            wanted in prop::collection::vec(prop::option::of(0_u64..220), 200),
+            wanted in prop::collection::vec((prop::option::of(0_u64..220), 0_u64..220), 200),
         ) {
             let mut order = Order::hot_first(chunks, hot);
-            let mut seen: Vec<u64> = wanted.into_iter().map_while(|wanted| order.next(wanted)).collect();
-            prop_assert_eq!(order.next(None), None);
+            let mut seen: Vec<u64> = wanted.into_iter().map_while(|(wanted, ready)| order.next(wanted, ready)).collect();
+            prop_assert_eq!(order.next(None, chunks), None);
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..chunks).collect::<Vec<_>>());
         }

@@ -69,7 +69,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     let mut id = 0;
     let mut throttle = Throttle::new(pace);
     let mut aside = Aside::new();
-    while let Some(chunk) = order.next(lanes.take_wanted()) {
+    while let Some(chunk) = order.next(lanes.take_wanted(), lanes.store.chunks_at_hand()) {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }

@@ -34,6 +34,10 @@ impl PageStore for FrozenStore {
         PUSH_FRAME_PAGES
     }
 
+    fn chunks_at_hand(&self) -> u64 {
+        u64::MAX
+    }
+
     fn read(&self, _: &mut Scratch, index: u64, page: &mut [u8]) -> Result<bool, StoreError> {
         let Some((task, addr, _)) = self.map.locate(index) else { return Ok(false) };
         self.memory.read(task, addr, page)?;

@@ -58,6 +58,9 @@ pub trait PageStore: Send + Sync {
     /// Pages per chunk: what is freed and pushed together.
     fn chunk_pages(&self) -> u64;
 
+    /// How many chunks, from the first on, can be sent without waiting for them.
+    fn chunks_at_hand(&self) -> u64;
+
     /// Reads one page by index into `page`; false if its chunk was freed.
     ///
     /// # Errors

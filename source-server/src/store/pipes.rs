@@ -304,6 +304,10 @@ impl PageStore for PipeStore {
         self.chunk_pages
     }
 
+    fn chunks_at_hand(&self) -> u64 {
+        *lock(&self.drained)
+    }
+
     fn read(&self, scratch: &mut Scratch, index: u64, page: &mut [u8]) -> Result<bool, StoreError> {
         let Some((chunk, offset)) = self.chunk_at(index) else { return Ok(false) };
         {

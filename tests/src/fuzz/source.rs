@@ -127,7 +127,7 @@ fn take(
     assert_eq!(ledger.acknowledge(first, what.run.pages), after);
 }
 
-/// In which order chunks are pushed: how many there are, then what faults want.
+/// In which order chunks are pushed: how many there are, then what faults want, and how many more are there.
 ///
 /// # Panics
 /// If something is wrong.
@@ -136,21 +136,25 @@ pub fn fuzz_push_order(data: &[u8]) {
     let chunks = u64::from(*chunks);
     let mut order = Order::new(chunks);
     let mut pushed = BTreeSet::new();
-    for wish in wishes {
+    let mut ready = 0;
+    for wish in wishes.chunks(2) {
+        ready = chunks.min(ready + wish.get(1).map_or(0, |more| u64::from(*more) % 8));
+        let wish = &wish[0];
         // The largest stand for none, and for what no lane has.
         let wanted = match wish {
             255 => None,
             254 => Some(u64::MAX),
             near => Some(u64::from(*near)),
         };
-        let next = order.next(wanted);
+        let next = order.next(wanted, ready);
         assert_eq!(next.is_some(), (pushed.len() as u64) < chunks);
         let Some(next) = next else { return };
-        let wanted = wanted.filter(|wanted| *wanted < chunks && !pushed.contains(wanted));
+        let wanted = wanted.filter(|wanted| *wanted < ready && !pushed.contains(wanted));
+        assert!(next < ready || (0..ready).all(|chunk| pushed.contains(&chunk)), "{next} is not there yet");
         assert!(wanted.is_none_or(|wanted| wanted == next), "{wanted:?} was wanted, {next} came");
         assert!(next < chunks && pushed.insert(next), "{next} again");
     }
-    while let Some(next) = order.next(None) {
+    while let Some(next) = order.next(None, chunks) {
         assert!(next < chunks && pushed.insert(next), "{next} again");
     }
     assert_eq!(pushed.len() as u64, chunks);
