@@ -61,7 +61,8 @@ impl Order {
     }
 
     fn next_hot(&mut self, ready: u64) -> Option<u64> {
-        while let Some(chunk) = self.hot.pop_if(|chunk| *chunk < ready) {
+        while let Some(chunk) = self.hot.last().copied().filter(|chunk| *chunk < ready) {
+            self.hot.pop();
             if self.take(chunk) {
                 return Some(chunk);
             }
