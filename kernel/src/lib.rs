@@ -5,7 +5,7 @@
 //! installing pages there cannot break Rust's rules for our own memory and is safe over plain slices.
 //!
 //! - [`uffd`]: read events, install, zero, wake, poison, register
-//! - [`write_protect`], [`pagemap`]: which pages a task has written
+//! - [`write_protect`], [`pagemap`]: which pages a task has written; [`maps`]: which areas it has
 //! - [`inject`]: a userfaultfd out of another process
 //! - [`pidfd`]: hold a process, signal it, take a descriptor from it
 //! - [`fds`]: descriptors over a unix socket
@@ -26,6 +26,7 @@ pub mod arena;
 pub mod fds;
 pub mod holder;
 pub mod inject;
+pub mod maps;
 pub mod pagemap;
 pub mod pidfd;
 pub mod poll;

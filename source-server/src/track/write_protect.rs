@@ -24,11 +24,13 @@
 //! that is being protected) is not noted.
 
 use std::collections::HashMap;
+use std::io;
 
 use kernel::inject::userfaultfd_of;
+use kernel::maps::{Area, Maps};
 use kernel::pagemap::{Categories, PageMap, Protect, Query, Region, Regions, ScanError};
 use kernel::write_protect::{Registration, WriteTracker};
-use protocol::units::{ImageAddr, PageRun, TaskId, bytes_to_pages, pages_to_bytes};
+use protocol::units::{ImageAddr, PAGE_BYTES, PageRun, TaskId, bytes_to_pages, pages_to_bytes};
 
 use super::areas::{self, Roomy};
 use super::{Method, Pass, Round, Run, Stop, TaskRound, Tracker, empty_round};
@@ -36,6 +38,8 @@ use crate::process::{ProcessTree, Task, has_ended};
 
 /// How often an area that changes is tried again before its pages are taken as they are.
 const TRIES: usize = 3;
+/// How many areas to each side of one are looked at: more than one only if the task changes it right now.
+const NEIGHBOURS: usize = 2;
 /// Bytes whose protection is lifted at a time: the task waits that long if it wants to change its memory.
 const DISARM_BYTES: u64 = 16 << 20;
 
@@ -166,9 +170,12 @@ impl WriteProtect {
         round.areas = areas.iter().map(|found| found.area).collect();
         round.runs.clear();
         let armed = self.armed.get(&round.pid);
+        // Without it areas are armed as they were listed.
+        let now = Maps::open(round.pid).ok();
         let mut ours = Vec::new();
         for found in areas {
-            let mut look = Look { map: &map, armed, room: &mut self.room, runs: &mut round.runs };
+            let (now, runs) = (now.as_ref(), &mut round.runs);
+            let mut look = Look { map: &map, now, armed, room: &mut self.room, runs };
             match pass {
                 Pass::Round if look.round(found)? => ours.push(found.area),
                 Pass::Round => {}
@@ -185,6 +192,7 @@ impl WriteProtect {
 /// One look at the areas of one task.
 struct Look<'a> {
     map: &'a PageMap,
+    now: Option<&'a Maps>,
     armed: Option<&'a Armed>,
     room: &'a mut Regions,
     runs: &'a mut Vec<Run>,
@@ -216,23 +224,13 @@ impl Look<'_> {
         }
     }
 
-    /// A part that was not ours: reports all of it; whether it is from now on. The area is registered with the room around it: one
-    /// that has grown since it was listed would become two areas otherwise, and the task's `mremap` of both fail.
-    fn anew(
-        &mut self,
-        tracker: &WriteTracker,
-        part: PageRun,
-        Roomy { area, room }: Roomy,
-    ) -> Result<bool, Broken> {
+    /// A part that was not ours: reports all of it; whether it is from now on.
+    fn anew(&mut self, tracker: &WriteTracker, part: PageRun, found: Roomy) -> Result<bool, Broken> {
         let before = self.runs.len();
         let (start, len) = (part.start.get(), pages_to_bytes(part.pages));
         let (mut registered, mut untracked) = (Ok(Registration::Refused), false);
         for _ in 0..TRIES {
-            registered = tracker.register(room.start.get(), pages_to_bytes(room.pages));
-            if !matches!(registered, Ok(Registration::Done)) {
-                // Something that cannot be registered is there by now.
-                registered = tracker.register(area.start.get(), pages_to_bytes(area.pages));
-            }
+            registered = self.register(tracker, part, found);
             if !matches!(registered, Ok(Registration::Done)) {
                 break;
             }
@@ -259,6 +257,51 @@ impl Look<'_> {
             }
             Err(error) => Err(Broken::Failed(format!("register area: {error}"))),
         }
+    }
+
+    /// Registers the area of a part, as a whole: an area that is registered in part becomes two, and the task's `mremap` of both
+    /// fails, or moves one of them and not the other.
+    fn register(
+        &self,
+        tracker: &WriteTracker,
+        part: PageRun,
+        Roomy { area, room }: Roomy,
+    ) -> io::Result<Registration> {
+        if let Some(Ok(now)) = self.now.map(|maps| maps.at(part.start.get())) {
+            return match now {
+                Some(now) if now.is_private_anonymous => self.register_now(tracker, now),
+                _ => Ok(Registration::Refused),
+            };
+        }
+        // It may have grown since it was listed.
+        match tracker.register(room.start.get(), pages_to_bytes(room.pages)) {
+            Ok(Registration::Done) => Ok(Registration::Done),
+            // Something that cannot be registered is there by now.
+            _ => tracker.register(area.start.get(), pages_to_bytes(area.pages)),
+        }
+    }
+
+    /// Registers what was an area a microsecond ago, and what has been cut off it by that.
+    fn register_now(&self, tracker: &WriteTracker, now: Area) -> io::Result<Registration> {
+        let registered = tracker.register(now.start, now.end - now.start)?;
+        let (mut from, mut to) = (now.start, now.end);
+        for _ in 0..NEIGHBOURS {
+            let beside = |address: u64| {
+                let area = self.now.and_then(|maps| maps.at(address).ok().flatten());
+                area.filter(|area| area.is_private_anonymous)
+            };
+            // What is there and was an area of its own is registered a moment earlier than it would be.
+            let (before, behind) = (beside(from.saturating_sub(PAGE_BYTES)), beside(to));
+            for area in [before, behind].into_iter().flatten() {
+                // Somebody else's, or gone again: then it was not cut off.
+                let _ = tracker.register(area.start, area.end - area.start)?;
+                (from, to) = (from.min(area.start), to.max(area.end));
+            }
+            if before.is_none() && behind.is_none() {
+                break;
+            }
+        }
+        Ok(registered)
     }
 
     /// An area of a task that stands still. What is not ours, or not registered any more, counts as written as a whole.
