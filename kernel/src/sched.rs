@@ -19,6 +19,7 @@ struct SchedAttr {
 const _: () = assert!(size_of::<SchedAttr>() == 56);
 
 const SCHED_OTHER: u32 = 0;
+const SCHED_FIFO: u32 = 1;
 const SCHED_BATCH: u32 = 3;
 const SCHED_IDLE: u32 = 5;
 
@@ -55,22 +56,48 @@ pub fn set_idle() -> io::Result<()> {
 fn set(policy: u32, slice_ns: u64) -> io::Result<()> {
     // SAFETY: no pointers; 0 is the calling thread, for which the call cannot fail.
     let nice = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
-    let attr = SchedAttr {
-        size: 56,
-        policy,
-        flags: 0,
-        nice,
-        priority: 0,
-        runtime_ns: slice_ns,
-        deadline_ns: 0,
-        period_ns: 0,
-        util_min: 0,
-        util_max: 0,
-    };
-    // SAFETY: the struct lives through the call and `size` is its size; 0 is the calling thread; the kernel
-    // only reads it.
-    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    SchedAttr::of(policy, slice_ns, nice).apply()
+}
+
+impl SchedAttr {
+    const fn of(policy: u32, slice_ns: u64, nice: i32) -> Self {
+        Self {
+            size: 56,
+            policy,
+            flags: 0,
+            nice,
+            priority: 0,
+            runtime_ns: slice_ns,
+            deadline_ns: 0,
+            period_ns: 0,
+            util_min: 0,
+            util_max: 0,
+        }
+    }
+
+    /// For the calling thread.
+    fn apply(&self) -> io::Result<()> {
+        // SAFETY: the struct lives through the call and `size` is its size; 0 is the calling thread; the kernel
+        // only reads it.
+        let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(self), 0) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// Does something that takes microseconds before any thread of the normal policies gets the processor: as `SCHED_FIFO` where that is
+/// allowed, otherwise as the calling thread is.
+pub fn urgently<T>(what: impl FnOnce() -> T) -> T {
+    let mut before = SchedAttr::of(SCHED_OTHER, 0, 0);
+    // SAFETY: the struct lives through the call, which writes at most the size that it is told; any bits are a valid one; 0 is
+    // the calling thread.
+    let known = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut before, 56, 0) } == 0;
+    let urgent = known && SchedAttr { priority: 1, ..SchedAttr::of(SCHED_FIFO, 0, 0) }.apply().is_ok();
+    let done = what();
+    if urgent {
+        // What it was before is allowed.
+        let _ = before.apply();
+    }
+    done
 }
 
 /// Gives the calling thread another niceness: from 0 (its share) to 19 (what others leave).
@@ -102,6 +129,26 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(of(nix::unistd::gettid().as_raw()), before);
+    }
+
+    #[test]
+    fn a_thread_is_what_it_was_behind_something_urgent() {
+        let now = || {
+            let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+            let fields: Vec<i64> =
+                stat.rsplit_once(')').unwrap().1.split_whitespace().skip(1).flat_map(str::parse).collect();
+            // Niceness and policy, fields 19 and 41.
+            (fields[15], fields[37])
+        };
+        std::thread::spawn(move || {
+            set_niceness(7).unwrap();
+            let before = now();
+            let within = urgently(now);
+            assert!([i64::from(SCHED_FIFO), before.1].contains(&within.1), "{within:?}");
+            assert_eq!((now(), now().0), (before, 7));
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

@@ -42,13 +42,15 @@ impl ProcessTree {
         let mut tasks = vec![Task::read(root)?];
         let mut next = 0;
         while next < tasks.len() && tasks.len() < TASKS_MAX {
-            for child in children(tasks[next].pid)? {
-                // One that exits while it is listed is no part of the tree any more.
-                if let Ok(task) = Task::read(child) {
-                    tasks.push(task);
+            // One that exits while it is listed is no part of the tree any more.
+            match children(tasks[next].pid) {
+                Ok(found) => {
+                    tasks.extend(found.into_iter().filter_map(|child| Task::read(child).ok()));
+                    next += 1;
                 }
+                Err(error) if next > 0 && is_gone(&error) => drop(tasks.remove(next)),
+                Err(error) => return Err(error),
             }
-            next += 1;
         }
         Ok(Self { tasks })
     }
@@ -122,6 +124,11 @@ fn own_pid(status: &str) -> io::Result<u32> {
     let line = text.lines().find_map(|line| line.strip_prefix("NSpid:"));
     line.and_then(|line| line.split_whitespace().last()?.parse().ok())
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{status} has no NSpid")))
+}
+
+/// What reading about a process that has ended says, before and while it is read.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(nix::libc::ESRCH)
 }
 
 /// The children of all threads of a process.

@@ -14,8 +14,8 @@
 //! - [`choice`]: which of them this host can do; [`pins`]: which tasks may be written past it
 //!
 //! A process that maps memory next to an area that is write-protected gets two areas where it had got one, until
-//! the next round; `mremap` across both fails with `EFAULT` until then. An area that grows while it is being armed is not one of
-//! these: it is armed with the room around it.
+//! the next round; `mremap` across both fails with `EFAULT` until then. An area that changes
+//! while it is being armed is not one of these: it is armed as it is then, and what is cut off it is armed as well.
 
 use std::time::Duration;
 

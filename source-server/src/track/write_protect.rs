@@ -267,11 +267,14 @@ impl Look<'_> {
         part: PageRun,
         Roomy { area, room }: Roomy,
     ) -> io::Result<Registration> {
-        if let Some(Ok(now)) = self.now.map(|maps| maps.at(part.start.get())) {
-            return match now {
-                Some(now) if now.is_private_anonymous => self.register_now(tracker, now),
-                _ => Ok(Registration::Refused),
-            };
+        // A thread of low priority may lose the processor in between, for longer than the task leaves its areas alone.
+        let registered = kernel::sched::urgently(|| match self.now?.at(part.start.get()) {
+            Ok(Some(now)) if now.is_private_anonymous => Some(self.register_now(tracker, now)),
+            Ok(_) => Some(Ok(Registration::Refused)),
+            Err(_) => None,
+        });
+        if let Some(registered) = registered {
+            return registered;
         }
         // It may have grown since it was listed.
         match tracker.register(room.start.get(), pages_to_bytes(room.pages)) {
