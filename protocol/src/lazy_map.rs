@@ -45,6 +45,13 @@ impl TaskMap {
         Some(found.first + addr.pages_since(found.run.start))
     }
 
+    /// Index of the first page of `run`, if all of it lies in one lazy run.
+    #[must_use]
+    pub fn index_of_run(&self, run: PageRun) -> Option<u64> {
+        let found = self.run_at(run.start).filter(|found| run.end() <= found.run.end())?;
+        Some(found.first + run.start.pages_since(found.run.start))
+    }
+
     /// Address of the page with `index`, and how many pages follow in its run (itself included).
     #[must_use]
     pub fn locate(&self, index: u64) -> Option<(ImageAddr, u64)> {

@@ -29,11 +29,11 @@ pub struct NotLazy {
 /// [`NotLazy`].
 pub fn index_of(map: &LazyMap, what: &TaskRun) -> Result<u64, NotLazy> {
     let TaskRun { task, run } = *what;
-    map.task(task)
-        .and_then(|task| task.run_at(run.start))
-        .filter(|found| run.end() <= found.run.end())
-        .map(|found| found.first + run.start.pages_since(found.run.start))
-        .ok_or(NotLazy { task, start: run.start, pages: run.pages })
+    map.task(task).and_then(|task| task.index_of_run(run)).ok_or(NotLazy {
+        task,
+        start: run.start,
+        pages: run.pages,
+    })
 }
 
 /// What was sent and what was acknowledged.

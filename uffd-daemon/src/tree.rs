@@ -133,8 +133,7 @@ impl Tree {
     pub fn place(&self, task: TaskId, run: PageRun) -> Option<(usize, u64)> {
         let position = self.position(task)?;
         let map = self.map.tasks().get(position)?;
-        let found = map.run_at(run.start).filter(|found| run.end() <= found.run.end())?;
-        Some((position, found.first - map.first + run.start.pages_since(found.run.start)))
+        Some((position, map.index_of_run(run)? - map.first))
     }
 
     /// A family, exclusively: its events are not read while this is held, and nothing else is installed.
