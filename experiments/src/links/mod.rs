@@ -30,7 +30,7 @@ use crate::report::Latency;
 use crate::results::{Results, Row};
 use crate::scenario::RunOptions;
 use crate::touch::{self, Handle};
-use crate::workload::Files;
+use crate::workload::{Files, touch_and_free};
 use condition::Condition;
 
 /// What it is called.
@@ -109,6 +109,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
     own.arg(std::env::current_exe()?);
     let mut workload = Handle::start(own, &options, WORKLOAD_LIMIT)?;
     workload.mark_moved();
+    touch_and_free(case.mib);
     let crossing = Crossing {
         lab: &lab,
         to,

@@ -22,7 +22,7 @@ use crate::report::{Latency, MoveReport, PagesByOrigin};
 use crate::results::{Results, Row};
 use crate::tool::Used;
 use crate::touch::{Access, Handle, Options, Pattern, Samples, Summary};
-use crate::workload::{BusyCores, Files};
+use crate::workload::{BusyCores, Files, touch_and_free};
 use movers::{Moved, PATIENCE};
 
 /// An access that took less found its page present.
@@ -117,6 +117,7 @@ pub fn measure(programs: &Programs, config: &Config) -> anyhow::Result<Measured>
     let dir = tempfile::Builder::new().prefix("postcopy-move-").tempdir_in("/dev/shm")?;
     let mut workload = start(programs, config, dir.path())?;
     workload.mark_moved();
+    touch_and_free(config.mib);
     let _busy = if config.busy_cores { Some(BusyCores::start(&programs.own)?) } else { None };
     let ran = run(programs, config, &mut workload, dir.path());
     // It may still run, here or there: then it is told to end while somebody can tell it. If it waits for a page that

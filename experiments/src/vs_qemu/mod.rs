@@ -32,7 +32,7 @@ use crate::moving::{self, Config, Mover, Ours, Programs};
 use crate::report::Latency;
 use crate::results::{Results, Row};
 use crate::scenario::RunOptions;
-use crate::workload::field;
+use crate::workload::{field, touch_and_free};
 use machine::{Machine, Parts, QEMU};
 
 /// What it is called.
@@ -164,6 +164,7 @@ fn qemu(case: Case, run: usize, parts: &Parts, results: &mut Results) -> anyhow:
         });
         machine.qmp.ask("migrate-set-parameters", rates)?;
     }
+    touch_and_free(case.mib);
     let uri = format!("tcp:127.0.0.1:{}", free_port()?);
     destination.qmp.ask("migrate-incoming", json!({ "uri": uri }))?;
     source.qmp.ask("migrate", json!({ "uri": uri }))?;

@@ -10,6 +10,7 @@
 //! descriptor for CRIU to restore, and none whose size or offset could disagree after a move. Sockets, terminals
 //! and FIFOs would each need something of CRIU that is not what these experiments are about.
 
+mod memory;
 mod process;
 mod spin;
 mod status;
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use nix::unistd::{getpid, getsid, setsid};
 
+pub use memory::touch_and_free;
 pub use process::Process;
 pub(crate) use process::wait_readable;
 pub use spin::{BusyCores, SpinOptions, spin};
