@@ -10,7 +10,7 @@
 //! - [`workdir`]: the directory of one move, in memory, gone afterwards
 //! - [`logging`]: how `-v` and `--quiet` become log lines
 //! - [`mailbox`]: a channel that can be polled
-//! - [`placement`]: which processors a thread may run on
+//! - [`placement`]: which processors a thread may run on; [`privileges`]: what it may not do
 //! - [`progress`]: a line for people while it takes long
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ pub mod link_options;
 pub mod logging;
 pub mod mailbox;
 pub mod placement;
+pub mod privileges;
 pub mod progress;
 pub mod report;
 pub mod state_dir;

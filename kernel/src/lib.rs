@@ -12,7 +12,7 @@
 //! - [`poll`]: wait for a set that keeps its memory
 //! - [`sched`]: how soon a thread gets the processor
 //! - [`rseq`]: a thread in a restartable sequence
-//! - [`seccomp`]: a filter that a test workload gives itself
+//! - [`privileges`], [`seccomp`]: what a thread, or a process of ours, does without
 //! - [`spawn`]: what a child needs between `fork` and `exec`
 //! - [`stack`]: a thread with its stack pointer, or its registers, as a test wants them
 //! - [`holder`]: a process that does nothing but keep descriptors open
@@ -30,6 +30,7 @@ pub mod maps;
 pub mod pagemap;
 pub mod pidfd;
 pub mod poll;
+pub mod privileges;
 pub mod rseq;
 pub mod sched;
 pub mod seccomp;

@@ -1,13 +1,21 @@
-//! A seccomp filter for test workloads.
+//! Seccomp filters for programs of our own: they compare numbers of system calls, not the architecture.
 
 use std::io;
 
-/// Kills the calling process at any system call that is not in `allowed` (at most 200 of them), from now on and for all of its
-/// threads. Compares numbers only, not the architecture: for programs of our own.
+/// What comes of a system call that is not allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Otherwise {
+    /// The process is killed.
+    Kill,
+    /// It fails with `EPERM`.
+    Refuse,
+}
+
+/// Leaves the calling process the system calls in `allowed` (at most 200 of them), from now on and for all of its threads.
 ///
 /// # Errors
 /// The errno of `seccomp(2)`; `InvalidInput` for a longer list.
-pub fn allow_only(allowed: &[libc::c_long]) -> io::Result<()> {
+pub fn allow_only(allowed: &[libc::c_long], otherwise: Otherwise) -> io::Result<()> {
     const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
     const IF_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
     const RETURN: u16 = 0x06; // BPF_RET | BPF_K
@@ -22,7 +30,11 @@ pub fn allow_only(allowed: &[libc::c_long]) -> io::Result<()> {
         let number = u32::try_from(number).map_err(|_| io::ErrorKind::InvalidInput)?;
         filter.push(step(IF_EQUAL, u8::try_from(allowed.len() - index).unwrap_or(u8::MAX), number));
     }
-    filter.push(step(RETURN, 0, libc::SECCOMP_RET_KILL_PROCESS));
+    let refused = match otherwise {
+        Otherwise::Kill => libc::SECCOMP_RET_KILL_PROCESS,
+        Otherwise::Refuse => libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs(),
+    };
+    filter.push(step(RETURN, 0, refused));
     filter.push(step(RETURN, 0, libc::SECCOMP_RET_ALLOW));
     let program = libc::sock_fprog {
         len: u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?,

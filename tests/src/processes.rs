@@ -52,6 +52,35 @@ pub fn has_ended(pid: u32) -> bool {
     Entry::of(pid).is_none_or(|entry| entry.has_ended())
 }
 
+/// Whether a process, or a thread of this name of it, has no capability and gets none by executing a program.
+#[must_use]
+pub fn is_unprivileged(pid: u32, thread: Option<&str>) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let mut found = tasks
+        .filter_map(|task| fs::read_to_string(task.path().join("status")).ok())
+        .filter(|status| thread.is_none_or(|name| value(status, "Name:") == Some(name)))
+        .peekable();
+    let unprivileged = |status: String| {
+        value(&status, "NoNewPrivs:") == Some("1")
+            && ["CapEff:", "CapPrm:", "CapInh:"]
+                .iter()
+                .all(|key| value(&status, key).is_some_and(|caps| caps.bytes().all(|digit| digit == b'0')))
+    };
+    found.peek().is_some() && found.all(unprivileged)
+}
+
+/// Whether a filter decides about the system calls of a process.
+#[must_use]
+pub fn has_filter(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/status"))
+        .is_ok_and(|status| value(&status, "Seccomp:") == Some("2"))
+}
+
+/// The value behind a key of a `status` file.
+fn value<'a>(status: &'a str, key: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim)
+}
+
 /// Whether the process stands still: stopped by a signal, or held by a tracer.
 #[must_use]
 pub fn is_stopped(pid: u32) -> bool {

@@ -99,6 +99,8 @@ fn assert_paused_for_good(site: &Site, stamp: &mut Stamp, store: &str, ended: &E
     let root = assert_waits(site, stamp);
     assert!(!processes::has_ended(keeper) && !processes::has_ended(holder));
     assert_eq!(Entry::of(holder).unwrap().name, "postcopy-hold");
+    assert!(processes::is_unprivileged(keeper, None) && processes::is_unprivileged(holder, None));
+    assert!(processes::has_filter(keeper));
     assert_source_still(store, stamp.pid());
     assert_ends_with_the_tree(site, stamp, root, keeper, Some(holder));
     site.assert_clean(&[]);
@@ -114,6 +116,9 @@ fn a_reset_connection_pauses_both_sides() {
         let source = plan(store).source_to(&site, stamp.pid(), link.address());
         let under_way = Move { source, destination };
         wait_working(&under_way, &mut stamp);
+        for pid in [under_way.source.tool.pid(), under_way.destination.tool.pid()] {
+            assert!(processes::is_unprivileged(pid, Some("fault")), "{:?}", Entry::of(pid));
+        }
         link.cut();
         let ended = under_way.wait();
         assert_paused_for_good(&site, &mut stamp, store, &ended);

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use host::mailbox::{Mailbox, Post};
+use host::privileges;
 use kernel::poll::PollSet;
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages, pages_to_bytes};
@@ -168,6 +169,7 @@ impl<U: Upstream> FaultLoop<U> {
         if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the fault loop: {error}");
         }
+        privileges::renounce();
         let tree = self.tree.clone();
         let _steered = tree.fault_thread.this_thread();
         loop {

@@ -23,11 +23,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use host::waiting;
+use host::{privileges, waiting};
 use kernel::fds;
+use kernel::seccomp::{Otherwise, allow_only};
 use kernel::spawn::CommandSetup;
 use kernel::uffd::Uffd;
+use nix::fcntl::AT_FDCWD;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::{UnlinkatFlags, unlinkat};
 
 /// Name of the hidden verb that runs the keeper.
 pub const VERB: &str = "keeper";
@@ -44,6 +47,49 @@ const ORPHANED: u8 = b'O';
 const LOOK: Duration = Duration::from_secs(1);
 /// How long one that asks may take to say what.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a keeper does, with what the allocator and the end of a process need. Anything else fails: who holds the only
+/// descriptors of somebody's missing pages is not killed for a mistake.
+const SYSTEM_CALLS: [libc::c_long; 38] = [
+    libc::SYS_accept4,
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fcntl,
+    libc::SYS_futex,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_gettid,
+    libc::SYS_ioctl,
+    libc::SYS_madvise,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_sigaltstack,
+    libc::SYS_unlinkat,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
 
 const MESSAGE_LEN: usize = 24;
 
@@ -271,6 +317,10 @@ pub fn run() -> std::process::ExitCode {
     if let Ok(nothing) = File::open("/dev/null") {
         let _ = nix::unistd::dup2_stdin(nothing);
     }
+    privileges::renounce();
+    if let Err(error) = allow_only(&SYSTEM_CALLS, Otherwise::Refuse) {
+        tracing::warn!("the keeper runs without a filter for system calls: {error}");
+    }
     let mut keeper = Keeper { daemon: Some(socket), held: Vec::new(), state: None, since: SystemTime::now() };
     while keeper.step() {}
     keeper.remove_socket();
@@ -373,7 +423,7 @@ impl Keeper {
     fn remove_socket(&self) {
         let Some(state) = &self.state else { return };
         if let Some(path) = state.listener.local_addr().ok().as_ref().and_then(|addr| addr.as_pathname()) {
-            let _ = std::fs::remove_file(path);
+            let _ = unlinkat(AT_FDCWD, path, UnlinkatFlags::NoRemoveDir);
         }
     }
 }

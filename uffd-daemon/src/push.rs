@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use host::waiting;
+use host::{privileges, waiting};
 use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, pages_to_bytes};
 use protocol::wire::codec::CodecError;
@@ -113,6 +113,7 @@ impl PushLane {
         if let Err(error) = kernel::sched::set_batch(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the push: {error}");
         }
+        privileges::renounce();
         let tree = self.tree.clone();
         let _steered = tree.push_thread.this_thread();
         let _pump = self.stream.pump_thread().map(|thread| tree.push_pump.thread(thread));

@@ -7,8 +7,9 @@
 use std::sync::atomic::Ordering;
 
 use host::placement::Processors;
+use host::privileges;
 use protocol::link::Stream;
-use protocol::units::{PAGE_SIZE, PageRun};
+use protocol::units::{PAGE_SIZE, PageRun, pages_to_bytes};
 use protocol::wire::frame::{Kind, RUN_HEADER_LEN, RunFrame, TaskRun};
 
 use super::{LaneError, Lanes};
@@ -39,6 +40,8 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
         tracing::debug!("no short time slice for the fault lane: {error}");
     }
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(&broken)?;
+    // Behind the pipes of the scratch: those of a user without rights are small once he has many.
+    privileges::renounce();
     let mut buffer = vec![0; REQUESTS * RUN_HEADER_LEN];
     let mut answers = Answers { lanes, lane, bytes: Vec::with_capacity(ANSWER_MAX), ahead: false };
     let mut filled = 0;
@@ -101,19 +104,19 @@ impl Answers<'_> {
         }
         self.ahead = ahead;
         let wanted = if ahead { self.lanes.ledger().take_unsent_from(first, run.pages) } else { run.pages };
-        let wanted = usize::try_from(wanted).unwrap_or(0);
         let at = self.bytes.len();
         let data = at + RUN_HEADER_LEN;
-        self.bytes.resize(data + wanted * PAGE_SIZE, 0);
+        let end_of = |pages: u64| data + usize::try_from(pages_to_bytes(pages)).unwrap_or(0);
+        self.bytes.resize(end_of(wanted), 0);
         let mut pages = 0;
-        for (i, slot) in self.bytes[data..].chunks_exact_mut(PAGE_SIZE).enumerate() {
-            if !self.lanes.store.read(scratch, first + i as u64, slot)? {
-                break;
+        while pages < wanted {
+            match self.lanes.store.read(scratch, first + pages, &mut self.bytes[end_of(pages)..])? {
+                0 => break,
+                read => pages += read,
             }
-            pages += 1;
         }
         let head = if let Some(run) = PageRun::new(run.start, pages) {
-            self.bytes.truncate(data + usize::try_from(pages).unwrap_or(0) * PAGE_SIZE);
+            self.bytes.truncate(end_of(pages));
             TaskRun { task, run }.frame(Kind::Pages, request.id, self.bytes.len() - data)
         } else {
             // Acknowledged and freed, so the page is there and whoever waits only has to look again; or not worth

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use host::waiting;
+use host::{privileges, waiting};
 use protocol::link::Stream;
 use protocol::units::pages_to_bytes;
 use protocol::wire::codec::CodecError;
@@ -63,6 +63,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     }
     let_others_pass();
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
+    privileges::renounce();
     let mut order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
     let mut window = Window::default();
     let mut runs = Vec::new();
@@ -144,6 +145,7 @@ impl Throttle {
 /// [`LaneError`].
 pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let_others_pass();
+    privileges::renounce();
     let broken = LaneError::io("push");
     let mut head = [0; HEADER_LEN];
     let mut body = Vec::new();

@@ -78,7 +78,10 @@ impl Serving {
         let lanes = self.lanes.clone();
         let post = self.post.clone();
         let stream = clone_stream(&session.fault)?;
-        Ok(std::thread::spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream)))))
+        std::thread::Builder::new()
+            .name("fault".into())
+            .spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream))))
+            .map_err(|error| format!("cannot start a thread: {error}"))
     }
 }
 

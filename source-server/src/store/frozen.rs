@@ -38,10 +38,8 @@ impl PageStore for FrozenStore {
         u64::MAX
     }
 
-    fn read(&self, _: &mut Scratch, index: u64, page: &mut [u8]) -> Result<bool, StoreError> {
-        let Some((task, addr, _)) = self.map.locate(index) else { return Ok(false) };
-        self.memory.read(task, addr, page)?;
-        Ok(true)
+    fn read(&self, _: &mut Scratch, first: u64, pages: &mut [u8]) -> Result<u64, StoreError> {
+        self.memory.read_indexed(&self.map, first, pages)
     }
 
     fn send(

@@ -5,9 +5,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use protocol::lazy_map::LazyMap;
 use protocol::units::{ImageAddr, PAGE_SIZE, TaskId};
 
-use super::StoreError;
+use super::{StoreError, leading};
 
 /// Reads the memory of stopped tasks through `/proc/PID/mem`, which also reads `PROT_NONE` pages
 /// (`process_vm_readv` does not).
@@ -51,5 +52,15 @@ impl TaskMemory {
         }
         let whole = filled - filled % PAGE_SIZE;
         if whole == 0 { Err(missing()) } else { Ok(whole) }
+    }
+
+    /// Fills `pages` with those from the index `first` of `map` on that lie together; how many these were, none if there
+    /// is no such index.
+    ///
+    /// # Errors
+    /// As [`TaskMemory::read`].
+    pub fn read_indexed(&self, map: &LazyMap, first: u64, pages: &mut [u8]) -> Result<u64, StoreError> {
+        let Some((task, addr, follow)) = map.locate(first) else { return Ok(0) };
+        Ok((self.read(task, addr, leading(pages, follow))? / PAGE_SIZE) as u64)
     }
 }

@@ -13,7 +13,7 @@ pub use scratch::Scratch;
 use std::io;
 
 use protocol::link::Stream;
-use protocol::units::{ImageAddr, TaskId};
+use protocol::units::{ImageAddr, TaskId, pages_to_bytes};
 
 use crate::ledger::IndexedTaskRun;
 
@@ -53,6 +53,13 @@ impl StoreError {
     }
 }
 
+/// The first `most` pages of `pages`.
+fn leading(pages: &mut [u8], most: u64) -> &mut [u8] {
+    let most = usize::try_from(pages_to_bytes(most)).unwrap_or(usize::MAX);
+    let len = pages.len().min(most);
+    &mut pages[..len]
+}
+
 /// Where the pages of a frozen tree wait until the destination has them.
 pub trait PageStore: Send + Sync {
     /// Pages per chunk: what is freed and pushed together.
@@ -61,11 +68,11 @@ pub trait PageStore: Send + Sync {
     /// How many chunks, from the first on, can be sent without waiting for them.
     fn chunks_at_hand(&self) -> u64;
 
-    /// Reads one page by index into `page`; false if its chunk was freed.
+    /// Reads pages from the index `first` on into `pages`, as many as lie together; none if their chunk was freed.
     ///
     /// # Errors
     /// [`StoreError`].
-    fn read(&self, scratch: &mut Scratch, index: u64, page: &mut [u8]) -> Result<bool, StoreError>;
+    fn read(&self, scratch: &mut Scratch, first: u64, pages: &mut [u8]) -> Result<u64, StoreError>;
 
     /// Sends runs of one chunk, each as a frame numbered from `id` on; waits until the chunk is there.
     /// False if it was freed.

@@ -26,7 +26,7 @@ use protocol::units::{PAGE_SIZE, PageRun, TaskId, pages_to_bytes};
 use protocol::wire::frame::Kind;
 
 use super::scratch::page_pipe;
-use super::{PageStore, Scratch, StoreError, TaskMemory};
+use super::{PageStore, Scratch, StoreError, TaskMemory, leading};
 use crate::ledger::IndexedTaskRun;
 use crate::limits;
 
@@ -308,29 +308,31 @@ impl PageStore for PipeStore {
         *lock(&self.drained)
     }
 
-    fn read(&self, scratch: &mut Scratch, index: u64, page: &mut [u8]) -> Result<bool, StoreError> {
-        let Some((chunk, offset)) = self.chunk_at(index) else { return Ok(false) };
+    fn read(&self, scratch: &mut Scratch, first: u64, pages: &mut [u8]) -> Result<u64, StoreError> {
+        let Some((chunk, offset)) = self.chunk_at(first) else { return Ok(0) };
         {
             let chunk = lock(chunk);
             match &*chunk {
-                Chunk::Freed => return Ok(false),
+                Chunk::Freed => return Ok(0),
                 Chunk::Held(pipe) => {
+                    let there = (self.chunk_pages - offset).min(self.map.pages() - first);
+                    let pages = leading(pages, there);
+                    let count = (pages.len() / PAGE_SIZE) as u64;
+                    // One duplicate for all of them: it costs as much for each page before them.
                     scratch
-                        .duplicate(pipe.as_fd(), offset + 1)
+                        .duplicate(pipe.as_fd(), offset + count)
                         .and_then(|()| scratch.skip(usize::try_from(offset).unwrap_or(0) * PAGE_SIZE))
-                        .and_then(|()| scratch.read_page(page))
-                        .map_err(StoreError::io("read a page out of its pipe"))?;
-                    return Ok(true);
+                        .and_then(|()| scratch.read_pages(pages))
+                        .map_err(StoreError::io("read pages out of their pipe"))?;
+                    return Ok(count);
                 }
                 Chunk::Waiting => {}
             }
         }
-        let Some((task, addr, _)) = self.map.locate(index) else { return Ok(false) };
-        match self.memory.read(task, addr, page) {
-            Ok(_) => Ok(true),
+        match self.memory.read_indexed(&self.map, first, pages) {
             // The task may have been let go between the look and the read: then the chunk is in its pipe.
-            Err(_) if self.is_drained() => self.read(scratch, index, page),
-            Err(error) => Err(error),
+            Err(_) if self.is_drained() => self.read(scratch, first, pages),
+            read => read,
         }
     }
 

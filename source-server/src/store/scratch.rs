@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice, tee};
 use protocol::link::Stream;
-use protocol::units::{PAGE_SIZE, pages_to_bytes};
+use protocol::units::pages_to_bytes;
 
 /// Makes a pipe with room for `pages` pages.
 ///
@@ -99,13 +99,12 @@ impl Scratch {
         Ok(())
     }
 
-    /// Reads one page from the front.
+    /// Fills `pages` from the front.
     ///
     /// # Errors
     /// The errno of `read(2)`.
-    pub fn read_page(&mut self, page: &mut [u8]) -> io::Result<()> {
-        debug_assert_eq!(page.len(), PAGE_SIZE);
-        self.reader.read_exact(page)
+    pub fn read_pages(&mut self, pages: &mut [u8]) -> io::Result<()> {
+        self.reader.read_exact(pages)
     }
 
     /// The descriptor's number, for messages.
