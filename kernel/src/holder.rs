@@ -16,7 +16,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 pub fn fork_holder(name: &std::ffi::CStr, keep: &[BorrowedFd<'_>]) -> io::Result<u32> {
     let gaps = gaps(keep);
     // SAFETY: the child of a process with threads may call only async-signal-safe functions until it
-    // execs or exits: it calls prctl, setsid, close_range, signal, capset and pause, and allocates nothing.
+    // execs or exits: it calls prctl, setsid, close_range, signal, capget, capset and pause, and allocates nothing.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
@@ -33,7 +33,7 @@ pub fn fork_holder(name: &std::ffi::CStr, keep: &[BorrowedFd<'_>]) -> io::Result
                     libc::signal(signal, libc::SIG_DFL);
                 }
                 // It waits and is killed: nobody's rights are needed for that. If refused it waits with them.
-                let _ = crate::privileges::renounce();
+                let _ = crate::privileges::renounce_but(crate::privileges::CapabilitySet::empty());
                 loop {
                     libc::pause();
                 }

@@ -63,18 +63,27 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     }
     let_others_pass();
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
-    privileges::renounce();
+    privileges::renounce_but_buffers();
     let mut order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
     let mut window = Window::default();
     let mut runs = Vec::new();
     let mut id = 0;
     let mut throttle = Throttle::new(pace);
     let mut aside = Aside::new();
-    while let Some(chunk) = order.next(lanes.take_wanted(), lanes.store.chunks_at_hand()) {
+    // Chunks may be small. Looking around costs as much as one, and what lies together is better pushed together.
+    let mut since_looked = PUSH_FRAME_PAGES;
+    loop {
+        let mut wanted = None;
+        if since_looked >= PUSH_FRAME_PAGES {
+            since_looked = 0;
+            wanted = lanes.take_wanted();
+            aside.follow(lanes, lane.pump_thread().into_iter().chain([CALLING_THREAD]));
+            window.follow(lane);
+        }
+        let Some(chunk) = order.next(wanted, lanes.store.chunks_at_hand()) else { return Ok(()) };
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
-        aside.follow(lanes, lane.pump_thread().into_iter().chain([CALLING_THREAD]));
         while lanes.fault_served.load(Ordering::Relaxed) {
             std::thread::yield_now();
         }
@@ -90,10 +99,9 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
             lanes.push_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
         id += runs.len() as u64;
+        since_looked += pages;
         throttle.spent(bytes, &lanes.stop);
-        window.follow(lane);
     }
-    Ok(())
 }
 
 /// The threads of the push take the processor from nobody, least of all from each other while one holds what a fault waits for.
