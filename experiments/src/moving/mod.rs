@@ -236,6 +236,9 @@ impl Measured {
         let pages = self.reports.as_ref().map(|(_, destination)| destination.pages);
         #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
         let count = |count: fn(&PagesByOrigin) -> u64| pages.as_ref().map(|pages| count(pages) as f64);
+        let asked = self.reports.as_ref().map(|(_, destination)| destination.fault_latency_us.count);
+        #[expect(clippy::cast_precision_loss, reason = "counts far below 2^53")]
+        row.push("demand_faults", asked.map(|count| count as f64));
         row.push("demand_pages", count(|pages| pages.demand));
         row.push("push_pages", count(|pages| pages.push));
         row.push("gone_pages", count(|pages| pages.gone));

@@ -17,7 +17,7 @@ const PUSHES: [&str; 2] = ["off", "unlimited"];
 const THREADS: [usize; 5] = [1, 2, 4, 8, 16];
 
 /// The columns of its table that a reader needs first.
-const TOLD: [&str; 9] = [
+const TOLD: [&str; 10] = [
     "faults",
     "mean_us",
     "p50_us",
@@ -25,6 +25,7 @@ const TOLD: [&str; 9] = [
     "max_us",
     "faults_per_s",
     "gib_per_s",
+    "demand_faults",
     "demand_pages",
     "redundant_pages",
 ];
