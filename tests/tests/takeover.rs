@@ -10,6 +10,7 @@ use experiments::stamp::Options;
 use nix::sys::signal::Signal;
 use tests::keys::Keys;
 use tests::moves::{Move, Plan};
+use tests::proxy::Proxy;
 use tests::site::{Site, assert_ends};
 use tests::stamps::{self, Stamp};
 use tests::tool::Tool;
@@ -191,6 +192,34 @@ fn pages_that_are_given_up_are_never_read_as_zeros() {
     for left in site.processes() {
         processes::signal(left.pid, Signal::SIGKILL);
     }
+}
+
+#[test]
+fn status_says_which_move_waits_for_its_link() {
+    let Some(site) = Site::new() else { return };
+    let mut stamp = Stamp::start(&busy(&site));
+    let state = site.path("state");
+    let plan = Plan::new().source(["--push-rate", "16M"]);
+    let plan = plan.destination(["--state-dir".as_ref(), state.as_os_str()]);
+    let destination = plan.serve(&site);
+    let line = Proxy::to(&destination.address);
+    let source = plan.source_to(&site, stamp.pid(), line.address());
+    let under_way = Move { source, destination };
+    under_way.wait_running();
+    stamp.give_up();
+    assert!(!status(&state).contains("paused"), "{}", status(&state));
+    line.set_down(true);
+    under_way.destination.tool.wait_line("paused: ", STEP);
+    let shown = status(&state);
+    assert!(shown.contains("its link is lost") && shown.contains("s more"), "{shown}");
+    line.set_down(false);
+    under_way.destination.tool.wait_line("resumed after", STEP);
+    assert!(!status(&state).contains("paused"), "{}", status(&state));
+    under_way.wait().assert_arrived(tests::accounts::Memory::Resumed);
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    stamp.quit();
+    site.assert_clean(&[]);
 }
 
 #[test]

@@ -7,6 +7,8 @@
 //!        3   changes that found no room
 //!        4   1: the tasks run
 //!        5   family whose events are being read, and one more; 0: none
+//!        6   since when the link is lost, in seconds since 1970; 0: it is not
+//!        7   for how many seconds it is waited for, and one more; 0: for ever
 //! ```
 //!
 //! Writing is a few stores into a mapping, without a system call. A page that is installed and not yet acknowledged is
@@ -16,6 +18,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kernel::arena::{Region, WORDS_PER_PAGE};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -31,6 +34,8 @@ const RECORDED: usize = 2;
 const REFUSED: usize = 3;
 const RUNNING: usize = 4;
 const READING: usize = 5;
+const PAUSED: usize = 6;
+const PATIENCE: usize = 7;
 const HEADER_WORDS: usize = 8;
 const CHANGE_WORDS: usize = 5;
 
@@ -140,6 +145,29 @@ impl Journal {
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.word(RUNNING).load(Ordering::Acquire) == 1
+    }
+
+    /// The link is lost, and is waited for this long.
+    pub fn set_paused(&self, limit: Option<Duration>) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        self.word(PATIENCE).store(limit.map_or(0, |limit| limit.as_secs() + 1), Ordering::Relaxed);
+        self.word(PAUSED).store(now.max(1), Ordering::Release);
+    }
+
+    /// It is there again.
+    pub fn set_resumed(&self) {
+        self.word(PAUSED).store(0, Ordering::Release);
+    }
+
+    /// For how long the link has been lost, and for how long it is waited for altogether.
+    #[must_use]
+    pub fn paused(&self) -> Option<(Duration, Option<Duration>)> {
+        let since = match self.word(PAUSED).load(Ordering::Acquire) {
+            0 => return None,
+            since => UNIX_EPOCH + Duration::from_secs(since),
+        };
+        let limit = self.word(PATIENCE).load(Ordering::Relaxed).checked_sub(1).map(Duration::from_secs);
+        Some((since.elapsed().unwrap_or_default(), limit))
     }
 
     /// Events of a family are about to be read: until [`Journal::has_read`] some may be known to nobody else.
@@ -291,6 +319,13 @@ mod tests {
         }
         assert_eq!(other.acknowledged(), acknowledged);
         assert!(Journal::open(&file, 201).is_err());
+        assert_eq!(other.paused(), None);
+        journal.set_paused(Some(Duration::from_secs(60)));
+        assert_eq!(other.paused().unwrap().1, Some(Duration::from_secs(60)));
+        journal.set_paused(None);
+        assert_eq!(other.paused().unwrap().1, None);
+        journal.set_resumed();
+        assert_eq!(other.paused(), None);
     }
 
     #[test]

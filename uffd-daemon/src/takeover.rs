@@ -165,9 +165,13 @@ impl Found {
     /// # Errors
     /// The errno of reading the journal.
     pub fn missing(&self) -> io::Result<(u64, u64)> {
-        let pages = self.description.map()?.pages();
-        let journal = Journal::open(&self.info.journal, pages)?;
-        Ok((pages - journal.acknowledged().count(), pages))
+        let journal = self.journal()?;
+        let acknowledged = journal.acknowledged();
+        Ok((acknowledged.len() - acknowledged.count(), acknowledged.len()))
+    }
+
+    fn journal(&self) -> io::Result<Journal> {
+        Journal::open(&self.info.journal, self.description.map()?.pages())
     }
 
     /// Since when nobody serves it; nothing if a daemon does.
@@ -219,7 +223,19 @@ impl std::fmt::Display for Found {
             Ok((missing, pages)) => write!(f, "{missing} of {pages} pages not acknowledged, ")?,
             Err(error) => write!(f, "journal not readable ({error}), ")?,
         }
-        let Some(since) = self.orphaned_since() else { return write!(f, "served by a daemon") };
+        let Some(since) = self.orphaned_since() else {
+            write!(f, "served by a daemon")?;
+            let Some((lost, limit)) = self.journal().ok().and_then(|journal| journal.paused()) else {
+                return Ok(());
+            };
+            write!(f, ", paused for {} s: its link is lost, ", lost.as_secs())?;
+            return match limit {
+                Some(limit) => {
+                    write!(f, "the source is waited for {} s more", limit.saturating_sub(lost).as_secs())
+                }
+                None => write!(f, "the source is waited for"),
+            };
+        };
         let seconds = since.elapsed().unwrap_or_default().as_secs();
         write!(f, "paused for {seconds} s: its daemon has ended; `uffd-daemon takeover` goes on")
     }

@@ -257,6 +257,9 @@ impl Session {
         self.control.shutdown();
         brought_up.detach();
         let limit = self.config.give_up_after;
+        if let Some(journal) = brought_up.tree.journal() {
+            journal.set_paused(limit);
+        }
         tracing::warn!(missing = brought_up.tree.remote_pages(), "paused: {why}; the source is waited for");
         let mut detached = false;
         loop {
@@ -273,6 +276,9 @@ impl Session {
             // Not before everything that the fault loop had to say about the old lane was heard.
             if detached && self.gathered.is_some() && switchover.step(Event::Attached) == Action::Resume {
                 tracing::warn!("resumed after {:.3?}", since.elapsed());
+                if let Some(journal) = brought_up.tree.journal() {
+                    journal.set_resumed();
+                }
                 return Ok(Resumed::Attached);
             }
             let whole = brought_up.tree.check_settled();
