@@ -8,8 +8,8 @@ pub const PIPE_MAX_SIZE: u64 = 4 << 20;
 /// Bytes of memory per pipe that CRIU fills, two descriptors each.
 pub const CRIU_BYTES_PER_PIPE: u64 = 4 << 20;
 /// Pipe sizes to choose from, in pages: a fault in the middle of a pipe costs time in proportion to it, a
-/// small one costs a descriptor more often. The first is what a pipe has without being asked.
-pub const PIPE_PAGES: [u64; 5] = [16, 32, 64, 256, 1024];
+/// small one costs a descriptor more often, and the drain and the push more processor time.
+pub const PIPE_PAGES: [u64; 3] = [64, 256, 1024];
 /// Descriptors left for everything that is not a pipe of pages.
 pub const SPARE_DESCRIPTORS: u64 = 512;
 /// Pages in one pushed frame: a small one leaves room for a fault sooner, a large one costs fewer calls.

@@ -70,20 +70,11 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
     let mut id = 0;
     let mut throttle = Throttle::new(pace);
     let mut aside = Aside::new();
-    // Chunks may be small. Looking around costs as much as one, and what lies together is better pushed together.
-    let mut since_looked = PUSH_FRAME_PAGES;
-    loop {
-        let mut wanted = None;
-        if since_looked >= PUSH_FRAME_PAGES {
-            since_looked = 0;
-            wanted = lanes.take_wanted();
-            aside.follow(lanes, lane.pump_thread().into_iter().chain([CALLING_THREAD]));
-            window.follow(lane);
-        }
-        let Some(chunk) = order.next(wanted, lanes.store.chunks_at_hand()) else { return Ok(()) };
+    while let Some(chunk) = order.next(lanes.take_wanted(), lanes.store.chunks_at_hand()) {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
+        aside.follow(lanes, lane.pump_thread().into_iter().chain([CALLING_THREAD]));
         while lanes.fault_served.load(Ordering::Relaxed) {
             std::thread::yield_now();
         }
@@ -99,9 +90,10 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
             lanes.push_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
         id += runs.len() as u64;
-        since_looked += pages;
         throttle.spent(bytes, &lanes.stop);
+        window.follow(lane);
     }
+    Ok(())
 }
 
 /// The threads of the push take the processor from nobody, least of all from each other while one holds what a fault waits for.
