@@ -54,6 +54,19 @@ impl Gate {
         let _ = self.reached.read(&mut [0; 16]).expect("what was polled");
     }
 
+    /// Whether the move has come here since this was last asked.
+    ///
+    /// # Panics
+    /// If the FIFO cannot be polled.
+    pub fn is_reached(&mut self) -> bool {
+        let reached =
+            host::waiting::readable_within(self.reached.as_fd(), std::time::Duration::ZERO).expect("poll");
+        if reached {
+            let _ = self.reached.read(&mut [0; 16]).expect("what was polled");
+        }
+        reached
+    }
+
     /// Lets the hook end with `status`.
     ///
     /// # Panics

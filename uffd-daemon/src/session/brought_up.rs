@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -297,6 +297,11 @@ impl BroughtUp {
         self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))
     }
 
+    /// Readable when CRIU has ended.
+    pub(super) fn restore_ended_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.restore.as_ref().map(Restore::ended_fd)
+    }
+
     /// Waits until the tree is restored and held, and checks that its lazy areas are ours to fill.
     pub(super) fn wait_held(
         &mut self,
@@ -379,7 +384,8 @@ impl BroughtUp {
                 }
                 [_, true, _] => {
                     let status = restore.end();
-                    if status != 0 {
+                    // One that is killed behind the resume has nothing to do any more.
+                    if status != 0 && resumed.is_none() {
                         let complaint = restore.complaint();
                         let reason =
                             format!("criu restore failed behind the switchover ({status}): {complaint}");
@@ -396,6 +402,9 @@ impl BroughtUp {
                 _ => return Err(Failure::broken("criu restore did not let the tasks run".into())),
             }
             if let (Some(at), true) = (resumed, finished) {
+                if let Some(journal) = self.tree.journal() {
+                    journal.set_run();
+                }
                 let proc = restore.proc_dir();
                 let processes = self.map.tasks().iter().map(|task| proc.join(task.id.to_string())).collect();
                 self.steering = Some(Steering::start(self.tree.clone(), processes));
