@@ -1,9 +1,9 @@
 //! A hook that stops a move at a phase until the test lets it go on: the moment is hit exactly.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 
 use nix::libc::O_NONBLOCK;
@@ -74,4 +74,17 @@ impl Gate {
     pub fn open(&mut self, status: u8) {
         writeln!(self.open, "{status}").expect("room in a FIFO");
     }
+}
+
+/// An action script that runs `command` at one phase of CRIU's.
+///
+/// # Panics
+/// If it cannot be written.
+#[must_use]
+pub fn action_script(site: &Site, phase: &str, command: &str) -> PathBuf {
+    let path = site.path("action-script");
+    let text = format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = {phase} ] || exit 0\n{command}\n");
+    fs::write(&path, text).expect("a file of the test");
+    fs::set_permissions(&path, Permissions::from_mode(0o700)).expect("a file of the test");
+    path
 }

@@ -69,6 +69,13 @@ pub fn long() -> bool {
     std::env::var_os("POSTCOPY_TEST_LONG").is_some_and(|value| value == "1")
 }
 
+/// What a panic said that was caught, so that the cases behind it run as well.
+#[must_use]
+pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
 /// Looks until `found` finds something, for what the kernel tells nobody about.
 ///
 /// # Panics

@@ -3,16 +3,14 @@
 //! A moment is hit by what the move itself does: a hook of ours, CRIU's own action script, or a byte of a lane that the link
 //! holds. Nothing sleeps until it might have come.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-
+use nix::sys::signal::Signal;
 use protocol::units::PAGE_BYTES;
 use protocol::wire::frame::{HEADER_LEN, RUN_HEADER_LEN};
 use protocol::wire::hello::{HELLO_LEN, HELLO_REPLY_LEN, Role};
 
-use crate::gate::Gate;
+use crate::gate::{Gate, action_script};
 use crate::moves::{Daemon, Plan, Source};
+use crate::processes::{self, Entry};
 use crate::proxy::{Proxy, Towards};
 use crate::site::Site;
 use crate::{STEP, eventually};
@@ -83,6 +81,8 @@ enum Barrier {
     Hook(At, &'static str),
     /// CRIU's action script.
     Script(At, &'static str),
+    /// CRIU itself is stopped once the barrier is lifted at the destination.
+    Lifted,
     /// The link, behind so many bytes of a lane, counted from a moment before.
     Behind(From, Role, Towards, u64),
     /// The link, on the push lane, behind so many eighths of the memory.
@@ -139,7 +139,7 @@ pub const MOMENTS: [Moment; 34] = [
         control(From::Restored, Towards::Source, FRAME / 2),
     ),
     moment(When::CommitSent, "Commit is on its way", control(From::Restored, Towards::Destination, 0)),
-    moment(When::Committed, "the barrier is lifted", Barrier::Script(At::Destination, "post-restore")),
+    moment(When::Committed, "the barrier is lifted", Barrier::Lifted),
     moment(When::Resuming, "CRIU lets go of the tasks", Barrier::Script(At::Destination, "pre-resume")),
     moment(When::Runs, "the tasks run", Barrier::Script(At::Destination, "post-resume")),
     moment(When::RunningSent, "Running is on its way", control(From::Restored, Towards::Source, FRAME)),
@@ -206,11 +206,39 @@ pub struct Stopped {
     /// The link between them.
     pub line: Proxy,
     gate: Option<Gate>,
+    /// CRIU, which a signal has stopped.
+    stopped: Option<u32>,
+}
+
+/// The CRIU that restores. Tasks that are being restored have its name as well, and it for a parent.
+#[must_use]
+pub fn restorer(site: &Site) -> Option<u32> {
+    let named = |entry: &Entry| entry.name == "criu";
+    let by_criu = |entry: &Entry| Entry::of(entry.parent).is_some_and(|parent| named(&parent));
+    let found = site.processes().into_iter().filter(|entry| named(entry) && !by_criu(entry));
+    found.map(|entry| entry.pid).find(|pid| processes::is_told(*pid, "restore"))
+}
+
+/// Stops CRIU at the barrier and lifts that: its script, which has waited there, has ended.
+fn lift(site: &Site, gate: &mut Gate) -> u32 {
+    let criu = restorer(site).expect("a restore that is held");
+    processes::signal(criu, Signal::SIGSTOP);
+    gate.open(0);
+    eventually("the end of the script at the barrier", STEP, || {
+        // By way of a shell, or not.
+        let script = |entry: &Entry| entry.parent == criu && ["sh", "uffd-daemon"].contains(&&*entry.name);
+        // One that has ended is not reaped by a CRIU that stands still.
+        processes::all().iter().any(|entry| script(entry) && entry.has_ended()).then_some(())
+    });
+    criu
 }
 
 impl Stopped {
     /// Lets the move go on.
     pub fn go_on(&mut self) {
+        if let Some(pid) = self.stopped.take().filter(|pid| !processes::has_ended(*pid)) {
+            processes::signal(pid, Signal::SIGCONT);
+        }
         if let Some(gate) = &mut self.gate {
             gate.open(0);
         }
@@ -253,7 +281,9 @@ impl Moment {
             }
             wait(self.name, &source, || line.is_holding())?;
         }
-        Some(Stopped { source, destination, line, gate })
+        let lifts = matches!(self.barrier, Barrier::Lifted);
+        let stopped = lifts.then(|| gate.take()).flatten().map(|mut gate| lift(site, &mut gate));
+        Some(Stopped { source, destination, line, gate, stopped })
     }
 
     fn hold(&self, mib: usize) -> Option<(From, Role, Towards, u64)> {
@@ -262,7 +292,7 @@ impl Moment {
             Barrier::Eighths(eighths) => {
                 Some((From::Begin, Role::Push, Towards::Destination, HELLO + ((mib as u64) << 17) * eighths))
             }
-            Barrier::Hook(..) | Barrier::Script(..) => None,
+            Barrier::Hook(..) | Barrier::Script(..) | Barrier::Lifted => None,
         }
     }
 
@@ -283,23 +313,17 @@ impl Moment {
             Barrier::Hook(At::Source, phase) => plan.source_hook(phase, command),
             Barrier::Hook(At::Destination, phase) => plan.destination_hook(phase, command),
             Barrier::Behind(From::Dumped, ..) => plan.source_hook("post-dump", command),
-            Barrier::Behind(From::Restored, ..) => plan.destination_hook("post-restore", command),
+            Barrier::Behind(From::Restored, ..) | Barrier::Lifted => {
+                plan.destination_hook("post-restore", command)
+            }
             Barrier::Behind(From::Begin, ..) | Barrier::Eighths(_) => plan,
             Barrier::Script(at, phase) => {
-                let options = ["--action-script".into(), script(site, phase, command).into_os_string()];
+                let options =
+                    ["--action-script".into(), action_script(site, phase, command).into_os_string()];
                 if at == At::Source { plan.dump(options) } else { plan.restore(options) }
             }
         }
     }
-}
-
-/// An action script that runs `command` at one phase of CRIU's.
-fn script(site: &Site, phase: &str, command: &str) -> PathBuf {
-    let path = site.path("action-script");
-    let text = format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = {phase} ] || exit 0\n{command}\n");
-    fs::write(&path, text).expect("a file of the test");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("a file of the test");
-    path
 }
 
 /// Waits until a moment has come; nothing if CRIU copies all memory.

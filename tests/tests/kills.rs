@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use experiments::stamp::Options;
 use nix::sys::signal::Signal;
-use tests::moments::{MOMENTS, Moment, Stopped, When};
+use tests::moments::{MOMENTS, Moment, Stopped, When, restorer};
 use tests::moves::Plan;
 use tests::processes::{self, Entry};
 use tests::site::{Site, assert_ends};
@@ -70,8 +70,8 @@ impl Victim {
     /// How it may end; nothing where the victim is not there yet, or perhaps not any more.
     fn ends(self, when: When) -> &'static [End] {
         use When::{
-            CommitSent, Committed, Complete, DestinationDone, Dumping, Held, Pushing, Restoring, Runs,
-            SourceDone,
+            CommitSent, Committed, Complete, DestinationDone, Dumping, Held, Pushing, Restoring, Resuming,
+            Runs, SourceDone,
         };
         match (self, when) {
             (Self::Daemon, SourceDone) | (Self::Source, DestinationDone) => &[],
@@ -120,21 +120,11 @@ impl Victim {
             Self::Daemon => Some(daemon),
             Self::Source => Some(source),
             Self::Dump => find(&|entry| entry.parent == source && entry.name == "criu"),
-            // Tasks that are being restored have its name as well, and it for a parent.
-            Self::Restore => find(&|entry| {
-                let by_criu = || Entry::of(entry.parent).is_some_and(|parent| parent.name == "criu");
-                entry.name == "criu" && entry.parent != source && !by_criu()
-            }),
-            Self::Keeper => find(&|entry| entry.parent == daemon && is_told(entry.pid, "keeper")),
+            Self::Restore => restorer(site),
+            Self::Keeper => find(&|entry| entry.parent == daemon && processes::is_told(entry.pid, "keeper")),
             Self::Holder => find(&|entry| entry.parent == source && entry.name == "postcopy-hold"),
         }
     }
-}
-
-/// Whether `word` is on a program's command line; not for tasks, whose pages may be missing.
-fn is_told(pid: u32, word: &str) -> bool {
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    line.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
 }
 
 /// A case: its place, and where its programs leave word.
@@ -196,7 +186,18 @@ impl Case {
         let victim = eventually("the victim", STEP, || self.victim.find(&self.site, &stopped));
         processes::signal(victim, Signal::SIGKILL);
         assert_ends(victim, STEP);
+        // Somebody who takes over must not take tasks for done that CRIU is about to kill.
+        let too_early = (self.victim == Victim::Daemon && self.moment.when == When::Committed).then(|| {
+            let follower = self.take_over();
+            let taken = || self.status().contains("served by a daemon").then_some(());
+            eventually("a keeper with another daemon", STEP, taken);
+            follower
+        });
         stopped.go_on();
+        if let Some(mut follower) = too_early {
+            assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
+            follower.wait_line("criu has not said that they did", STEP);
+        }
         let end = match *ends {
             [end] => end,
             _ => self.which(&stopped),
@@ -306,9 +307,7 @@ impl Case {
     fn taken_over(self, stopped: Stopped) {
         let orphaned = || self.status().contains("paused for").then_some(());
         eventually("a keeper that knows that it is alone", STEP, orphaned);
-        let mut command = Command::new(programs::program("uffd-daemon"));
-        command.arg("takeover").arg("--state-dir").arg(&self.state).args(["--give-up-after", "5"]);
-        let mut follower = Tool::start("takeover", command);
+        let mut follower = self.take_over();
         assert_eq!(follower.wait(MOVE), 0, "{}\n{}", follower.last_lines(), stopped.source.tool.last_lines());
         stopped.source.wait(MOVE).assert(0, "released", &[]);
         assert!(self.status().contains("no moves"), "{}", self.status());
@@ -318,6 +317,12 @@ impl Case {
             return;
         }
         self.arrived();
+    }
+
+    fn take_over(&self) -> Tool {
+        let mut command = Command::new(programs::program("uffd-daemon"));
+        command.arg("takeover").arg("--state-dir").arg(&self.state).args(["--give-up-after", "5"]);
+        Tool::start("takeover", command)
     }
 
     fn status(&self) -> String {
@@ -363,16 +368,12 @@ fn row(victim: Victim, moment: Moment) -> Result<(), String> {
     let begun = Instant::now();
     let ended = catch_unwind(AssertUnwindSafe(|| judge(victim, moment)));
     let took = begun.elapsed().as_secs_f64();
-    let text = |panic: Box<dyn std::any::Any + Send>| {
-        let text = panic.downcast_ref::<String>().cloned();
-        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
-    };
     match ended {
         Ok(Some(end)) => println!("| {victim:?} | {} | {end} | {took:.1} |", moment.name),
         Ok(None) => {}
         Err(panic) => {
             println!("| {victim:?} | {} | FAILED | {took:.1} |", moment.name);
-            return Err(format!("{victim:?}, {}: {}", moment.name, text(panic)));
+            return Err(format!("{victim:?}, {}: {}", moment.name, tests::panic_text(&*panic)));
         }
     }
     Ok(())

@@ -21,6 +21,7 @@ const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 pub const SOCKET: &str = "POSTCOPY_BARRIER";
 
 const HELD: u8 = b'h';
+const RESUMING: u8 = b'f';
 const RESUMED: u8 = b'r';
 const RUN: u8 = b'g';
 
@@ -32,6 +33,8 @@ const MARK: &str = "resumed";
 pub enum Report {
     /// Restored, and held.
     Held,
+    /// All is done but for letting the tasks go; should CRIU die now, the kernel does that.
+    Resuming,
     /// The tasks run.
     Resumed,
 }
@@ -80,6 +83,7 @@ impl Barrier {
                 self.held = Some(script);
                 Some(Report::Held)
             }
+            RESUMING => Some(Report::Resuming),
             RESUMED => Some(Report::Resumed),
             _ => None,
         })
@@ -106,6 +110,7 @@ pub fn play_script() -> Option<ExitCode> {
     let (socket, action) = (std::env::var_os(SOCKET)?, std::env::var(ACTION).ok()?);
     let result = match action.as_str() {
         "post-restore" => hold(Path::new(&socket)),
+        "pre-resume" => UnixStream::connect(socket).and_then(|mut socket| socket.write_all(&[RESUMING])),
         "post-resume" => resumed(Path::new(&socket)),
         _ => Ok(()),
     };

@@ -370,22 +370,25 @@ impl BroughtUp {
         self.restore()?.run().map_err(Failure::io)?;
         let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut resumed = None;
-        let mut finished = false;
+        let (mut resuming, mut finished) = (false, false);
         loop {
             let restore =
                 self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))?;
             let fds = [restore.reports_fd(), restore.ended_fd(), self.handed_over.as_fd()];
             let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
             match ready {
-                [true, ..] => {
-                    if restore.report().map_err(Failure::io)? == Some(Report::Resumed) {
-                        resumed = resumed.or(Some(Instant::now()));
-                    }
-                }
+                [true, ..] => match restore.report().map_err(Failure::io)? {
+                    Some(Report::Resuming) => resuming = true,
+                    Some(Report::Resumed) => resumed = resumed.or(Some(Instant::now())),
+                    Some(Report::Held) | None => {}
+                },
                 [_, true, _] => {
                     let status = restore.end();
-                    // One that is killed behind the resume has nothing to do any more.
-                    if status != 0 && resumed.is_none() {
+                    // One that is killed once it had only to let go of the tasks has let go of them. One that fails kills them.
+                    let runs = resumed.is_some() || resuming && all_live(&restore.proc_dir(), &self.map);
+                    if status != 0 && runs {
+                        tracing::warn!("criu restore ended with {status}; the tasks run");
+                    } else if status != 0 {
                         let complaint = restore.complaint();
                         let reason =
                             format!("criu restore failed behind the switchover ({status}): {complaint}");
@@ -550,6 +553,15 @@ impl BroughtUp {
             self.tree.pages()
         )
     }
+}
+
+/// Whether every task with lazy pages is there and has not ended.
+fn all_live(proc: &std::path::Path, map: &LazyMap) -> bool {
+    let ended =
+        |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']));
+    map.tasks().iter().all(|task| {
+        std::fs::read_to_string(proc.join(task.id.to_string()).join("stat")).is_ok_and(|stat| !ended(&stat))
+    })
 }
 
 impl Drop for BroughtUp {
