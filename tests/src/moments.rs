@@ -46,6 +46,8 @@ pub enum When {
     Dumped,
     /// Images are on their way.
     Shipping,
+    /// All of them are there.
+    Shipped,
     /// CRIU restores.
     Restoring,
     /// Everything is restored and held.
@@ -129,7 +131,7 @@ pub const MOMENTS: [Moment; 34] = [
         "32 KiB of images have passed",
         control(From::Dumped, Towards::Destination, 32 << 10),
     ),
-    moment(When::Restoring, "all images are there", Barrier::Hook(At::Destination, "pre-restore")),
+    moment(When::Shipped, "all images are there", Barrier::Hook(At::Destination, "pre-restore")),
     moment(When::Restoring, "CRIU begins to restore", Barrier::Script(At::Destination, "pre-restore")),
     moment(When::Held, "all is restored and held", Barrier::Hook(At::Destination, "post-restore")),
     moment(When::Prepared, "Prepared is on its way", control(From::Restored, Towards::Source, 0)),

@@ -70,12 +70,13 @@ impl Victim {
     /// How it may end; nothing where the victim is not there yet, or perhaps not any more.
     fn ends(self, when: When) -> &'static [End] {
         use When::{
-            CommitSent, Committed, Complete, DestinationDone, Dumping, Held, Pushing, Restoring, Resuming,
-            Runs, SourceDone,
+            CommitSent, Committed, Complete, DestinationDone, Dumping, Held, Prepared, Pushing, Restoring,
+            Resuming, Runs, SourceDone,
         };
         match (self, when) {
             (Self::Daemon, SourceDone) | (Self::Source, DestinationDone) => &[],
-            // Only its own program knows that the destination never ran.
+            // Whether the source hears of the end first, or is told to commit: then only a daemon would know that nothing ran.
+            (Self::Daemon, Prepared) => &[End::RolledBack, End::LetRun],
             (Self::Daemon, CommitSent) => &[End::LetRun],
             // CRIU finds nobody to hand over to, and kills what it was about to let run.
             (Self::Daemon, Committed) => &[End::LetRun],
@@ -100,7 +101,8 @@ impl Victim {
             (Self::Restore, Runs) => &[End::Released],
             (Self::Restore, _) => &[],
 
-            (Self::Keeper, when) if when < Restoring => &[],
+            // Dismissed when every page is there, which the source's hook does not wait for.
+            (Self::Keeper, when) if when < Restoring || when == SourceDone => &[],
             // Behind the restore's start it is told what to say to others; without that a move is called off.
             (Self::Keeper, Restoring) => &[End::RolledBack, End::Released],
             (Self::Keeper, when) if when >= Held => &[End::Released],
@@ -213,15 +215,14 @@ impl Case {
         Some(end)
     }
 
-    /// Which of two good ends it is.
+    /// Which of the ends it is, as the source says.
     fn which(&self, stopped: &Stopped) -> End {
         eventually("the source's end", MOVE, || stopped.source.tool.has_ended().then_some(()));
-        if processes::is_stopped(self.stamp.pid())
-            || stopped.source.tool.lines().iter().any(|line| line.contains("rolled back"))
-        {
-            End::RolledBack
-        } else {
-            End::Released
+        let said = |words| stopped.source.tool.lines().iter().any(|line| line.contains(words));
+        match () {
+            () if said("rolled back: the source runs on") => End::RolledBack,
+            () if said("stay stopped with all their memory") => End::LetRun,
+            () => End::Released,
         }
     }
 
@@ -321,7 +322,7 @@ impl Case {
 
     fn take_over(&self) -> Tool {
         let mut command = Command::new(programs::program("uffd-daemon"));
-        command.arg("takeover").arg("--state-dir").arg(&self.state).args(["--give-up-after", "5"]);
+        command.arg("takeover").arg("--state-dir").arg(&self.state).args(["--give-up-after", "2"]);
         Tool::start("takeover", command)
     }
 

@@ -120,8 +120,8 @@ impl Options {
 /// If it cannot be set up.
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     ensure!(
-        options.mib >= 4 && (1..=64).contains(&options.threads),
-        "--mib of 4 or more, --threads of 1 to 64"
+        options.mib >= 4 && (1..=512).contains(&options.threads),
+        "--mib of 4 or more, --threads of 1 to 512"
     );
     ensure!((1..=PROCESSES_MAX).contains(&options.tree), "--tree of 1 to {PROCESSES_MAX}");
     workload::detach()?;
