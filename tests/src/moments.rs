@@ -13,6 +13,7 @@ use crate::moves::{Daemon, Plan, Source};
 use crate::processes::{self, Entry};
 use crate::proxy::{Proxy, Towards};
 use crate::site::Site;
+use crate::tool::Tool;
 use crate::{STEP, eventually};
 
 /// Bytes of a message without a body.
@@ -271,7 +272,7 @@ impl Moment {
         }
         let source = plan.source_to(site, pid, line.address());
         if let Some(gate) = &mut gate {
-            wait(self.name, &source, || gate.is_reached())?;
+            wait(self.name, [&source.tool, &destination.tool], || gate.is_reached())?;
         }
         if let Some((from, role, towards, bytes)) = hold {
             if from != From::Begin {
@@ -281,7 +282,7 @@ impl Moment {
             if let Some(mut gate) = gate.take() {
                 gate.open(0);
             }
-            wait(self.name, &source, || line.is_holding())?;
+            wait(self.name, [&source.tool, &destination.tool], || line.is_holding())?;
         }
         let lifts = matches!(self.barrier, Barrier::Lifted);
         let stopped = lifts.then(|| gate.take()).flatten().map(|mut gate| lift(site, &mut gate));
@@ -330,13 +331,15 @@ impl Moment {
 
 /// Waits until a moment has come; nothing if CRIU copies all memory.
 #[track_caller]
-fn wait(name: &str, source: &Source, mut come: impl FnMut() -> bool) -> Option<()> {
+fn wait(name: &str, tools: [&Tool; 2], mut come: impl FnMut() -> bool) -> Option<()> {
     eventually(name, STEP, || {
-        let copied = || source.tool.lines().iter().any(|line| line.contains("copies all memory"));
+        let copied = || tools[0].lines().iter().any(|line| line.contains("copies all memory"));
         match () {
             () if copied() => Some(None),
             () if come() => Some(Some(())),
-            () if source.tool.has_ended() => panic!("{name}: never came: {}", source.tool.last_lines()),
+            () if tools.iter().all(|tool| tool.has_ended()) => {
+                panic!("{name}: never came: {}\n{}", tools[0].last_lines(), tools[1].last_lines())
+            }
             () => None,
         }
     })

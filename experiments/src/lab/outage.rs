@@ -30,11 +30,9 @@ impl Lab {
             Outage::Silence => self.cut(Host::Source),
             Outage::Down => ip(["-n", &self.namespace(Host::Source), "link", "set", INTERFACE, "down"]),
             Outage::Reject => {
-                let hook = "type filter hook input priority 0; policy accept;";
-                self.nft(&format!(
-                    "table inet {TABLE} {{ chain input {{ {hook} meta l4proto tcp reject with tcp reset; \
-                     meta l4proto udp reject; }} }}"
-                ))
+                let hook = "type filter hook input priority 0; policy accept";
+                let rules = "meta l4proto tcp reject with tcp reset\nmeta l4proto udp reject";
+                self.nft(&format!("table inet {TABLE} {{\nchain input {{\n{hook}\n{rules}\n}}\n}}\n"))
             }
         }
     }
