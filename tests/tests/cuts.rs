@@ -48,7 +48,7 @@ const POINTS: [Point; 10] = [
     ("restored", Stage::Destination("post-restore"), &[], false),
     ("committed", Stage::Restore("pre-resume"), &["--push-rate=16M"], false),
     ("running", Stage::Restore("post-resume"), &["--push-rate=16M"], true),
-    ("faults", Stage::Percent(20), &["--push-rate=off"], true),
+    ("faults", Stage::Percent(20), &["--push-rate=6M"], true),
     ("push", Stage::Percent(50), &["--push-rate=24M"], true),
     ("release", Stage::Percent(90), &["--push-rate=24M"], true),
 ];
@@ -70,6 +70,9 @@ impl Case {
         let mut stamp = Stamp::start_as(program, &workload);
         let keys = if self.link == "tcp" { Plan::new() } else { Keys::new(&site).plan(self.link) };
         let plan = Plan { lab: Some(&lab), ..keys }.source(options.iter().copied());
+        let states = ["source-state", "destination-state"].map(|name| site.path(name));
+        let plan = plan.source(["--state-dir".as_ref(), states[0].as_os_str()]);
+        let plan = plan.destination(["--state-dir".as_ref(), states[1].as_os_str()]);
         let mut gate = Gate::new(&site, "cut");
         let plan = match stage {
             Stage::Source(phase) => plan.source_hook(phase, &gate.command()),

@@ -83,6 +83,8 @@ impl Victim {
             (Self::Daemon, when) if when < CommitSent => &[End::RolledBack],
             (Self::Daemon, _) => &[End::TakenOver],
 
+            // CRIU fails for want of somebody to tell that it is ready, and lets go of the tasks.
+            (Self::Source, Dumping) => &[End::RolledBack],
             (Self::Source, when) if when < CommitSent => &[End::LetRun],
             // The pages are in tasks that another process cannot serve from.
             (Self::Source, when) if when < Pushing => &[End::StandsStill],
@@ -96,8 +98,9 @@ impl Victim {
             (Self::Dump, _) => &[],
 
             (Self::Restore, when) if when < Restoring => &[],
-            (Self::Restore, when) if when <= CommitSent => &[End::RolledBack],
-            (Self::Restore, Committed | Resuming) => &[End::StandsStill],
+            (Self::Restore, when) if when <= Committed => &[End::RolledBack],
+            // The kernel lets go of tasks whose tracer dies: nobody can tell any more that they have not run.
+            (Self::Restore, Resuming) => &[End::StandsStill],
             (Self::Restore, Runs) => &[End::Released],
             (Self::Restore, _) => &[],
 

@@ -368,9 +368,10 @@ impl BroughtUp {
             journal.set_running();
         }
         self.restore()?.run().map_err(Failure::io)?;
-        let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        let mut deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut resumed = None;
-        let (mut resuming, mut finished) = (false, false);
+        // Before the finish word of the hand-over no task is let go.
+        let (mut resuming, mut finished, mut ended_early) = (false, false, false);
         loop {
             let restore =
                 self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))?;
@@ -392,14 +393,22 @@ impl BroughtUp {
                         let complaint = restore.complaint();
                         let reason =
                             format!("criu restore failed behind the switchover ({status}): {complaint}");
-                        return Err(Failure { reason, event: Event::RestoreFailed });
+                        ended_early |= !finished && has_ended_early(&self.handed_over);
+                        let event = if ended_early { Event::NeverRan } else { Event::RestoreFailed };
+                        return Err(Failure { reason, event });
                     }
                     resumed = resumed.or(Some(Instant::now()));
                 }
                 [_, _, true] => {
                     for result in self.handed_over.empty() {
-                        result.map_err(|error| Failure::broken(error.to_string()))?;
-                        finished = true;
+                        match result {
+                            Ok(()) => finished = true,
+                            Err(error) if error.is_early_end() => {
+                                ended_early = true;
+                                deadline = deadline.min(Instant::now() + limits::RESUME_PATIENCE);
+                            }
+                            Err(error) => return Err(Failure::broken(error.to_string())),
+                        }
                     }
                 }
                 _ => return Err(Failure::broken("criu restore did not let the tasks run".into())),
@@ -553,6 +562,13 @@ impl BroughtUp {
             self.tree.pages()
         )
     }
+}
+
+/// Whether a CRIU that is gone has left without the finish word, which the hand-over's thread is about to find out.
+fn has_ended_early(handed_over: &Mailbox<Result<(), ReceiveError>>) -> bool {
+    let heard = waiting::readable_within(handed_over.as_fd(), limits::REASON_PATIENCE);
+    heard.unwrap_or(false)
+        && handed_over.empty().into_iter().any(|result| result.is_err_and(|error| error.is_early_end()))
 }
 
 /// Whether every task with lazy pages is there and has not ended.

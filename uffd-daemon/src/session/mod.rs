@@ -165,16 +165,19 @@ impl Session {
         let mut switchover = Switchover::default();
         match self.bring_up(&offer, &mut switchover) {
             Ok(brought_up) => self.settle(brought_up, switchover),
-            Err(reason) => {
-                if let Err(error) = self.config.hooks.run(HookPhase::RolledBack) {
-                    tracing::error!("{error}");
-                }
-                // The source may be gone; then nobody waits for this.
-                let _ = self.control.send(&Control::Abort(reason.clone()));
-                let _ = self.control.send(&Control::RolledBack);
-                Err(SessionError::RolledBack(reason))
-            }
+            Err(reason) => Err(self.rolled_back(reason)),
         }
+    }
+
+    /// Nothing of the tree is left here: says so.
+    fn rolled_back(&self, reason: String) -> SessionError {
+        if let Err(error) = self.config.hooks.run(HookPhase::RolledBack) {
+            tracing::error!("{error}");
+        }
+        // The source may be gone; then nobody waits for this.
+        let _ = self.control.send(&Control::Abort(reason.clone()));
+        let _ = self.control.send(&Control::RolledBack);
+        SessionError::RolledBack(reason)
     }
 
     fn judge_offer(&mut self) -> Result<Offer, SessionError> {
