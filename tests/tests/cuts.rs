@@ -176,62 +176,46 @@ fn first_that_goes_on(waiting: &[PathBuf]) -> Option<Instant> {
     Some(Instant::now())
 }
 
-/// Every point in the long tests, one otherwise; what lasts longer only where it takes another way.
-fn cut(link: &'static str, outage: Outage, usually: &str) {
-    let second = Duration::from_secs(1);
-    let long = 30 * second;
-    let cases = POINTS.iter().flat_map(|point| {
-        let stages = ["pre-copy, first round", "restored", "faults", "push"];
-        let and_long = tests::long() && stages.contains(&point.0);
-        let durations =
-            [Some(second).filter(|_| tests::long() || point.0 == usually), Some(long).filter(|_| and_long)];
-        durations.into_iter().flatten().map(move |lasts| Case { link, outage, lasts, point: *point })
-    });
-    let failed: Vec<String> = cases.filter_map(|case| case.row()).collect();
+/// The link fails for a second, at every point in the long tests and at one otherwise.
+fn for_a_second(link: &'static str, outage: Outage, usually: &str) {
+    run(link, outage, Duration::from_secs(1), |name| tests::long() || name == usually);
+}
+
+/// For so long that both sides have noticed; only in the long tests.
+fn for_half_a_minute(link: &'static str, outage: Outage) {
+    let points = ["pre-copy, first round", "faults", "push"];
+    run(link, outage, Duration::from_secs(30), |name| tests::long() && points.contains(&name));
+}
+
+fn run(link: &'static str, outage: Outage, lasts: Duration, chosen: impl Fn(&str) -> bool) {
+    let points = POINTS.iter().filter(|point| chosen(point.0));
+    let failed: Vec<String> =
+        points.filter_map(|point| Case { link, outage, lasts, point: *point }.row()).collect();
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }
 
-#[test]
-fn tcp_in_silence() {
-    cut("tcp", Outage::Silence, "pre-copy, first round");
+macro_rules! outages {
+    ($($second:ident, $half_a_minute:ident: $link:literal, $outage:ident, $usually:literal;)*) => { $(
+        #[test]
+        fn $second() {
+            for_a_second($link, Outage::$outage, $usually);
+        }
+
+        #[test]
+        fn $half_a_minute() {
+            for_half_a_minute($link, Outage::$outage);
+        }
+    )* };
 }
 
-#[test]
-fn tcp_down() {
-    cut("tcp", Outage::Down, "faults");
-}
-
-#[test]
-fn tcp_rejected() {
-    cut("tcp", Outage::Reject, "committed");
-}
-
-#[test]
-fn tls_in_silence() {
-    cut("tls", Outage::Silence, "push");
-}
-
-#[test]
-fn tls_down() {
-    cut("tls", Outage::Down, "running");
-}
-
-#[test]
-fn tls_rejected() {
-    cut("tls", Outage::Reject, "restored");
-}
-
-#[test]
-fn quic_in_silence() {
-    cut("quic", Outage::Silence, "release");
-}
-
-#[test]
-fn quic_down() {
-    cut("quic", Outage::Down, "push");
-}
-
-#[test]
-fn quic_rejected() {
-    cut("quic", Outage::Reject, "faults");
+outages! {
+    tcp_silent, tcp_silent_for_long: "tcp", Silence, "pre-copy, first round";
+    tcp_down, tcp_down_for_long: "tcp", Down, "faults";
+    tcp_rejected, tcp_rejected_for_long: "tcp", Reject, "committed";
+    tls_silent, tls_silent_for_long: "tls", Silence, "push";
+    tls_down, tls_down_for_long: "tls", Down, "running";
+    tls_rejected, tls_rejected_for_long: "tls", Reject, "restored";
+    quic_silent, quic_silent_for_long: "quic", Silence, "release";
+    quic_down, quic_down_for_long: "quic", Down, "push";
+    quic_rejected, quic_rejected_for_long: "quic", Reject, "faults";
 }
