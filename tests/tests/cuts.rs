@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use experiments::lab::{Host, Lab, Outage};
 use experiments::stamp::Options;
+use nix::sys::signal::Signal;
 use tests::gate::{Gate, action_script};
 use tests::keys::Keys;
 use tests::moves::{Ended, Move, Plan};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
-use tests::{MOVE, STEP, eventually, programs};
+use tests::{MOVE, STEP, eventually, processes, programs};
 
 /// Memory of the process that is moved.
 const MIB: usize = 48;
-/// What a page may take from the moment that the link is back: the sources's pause between two attempts, or that of TCP,
+/// What a page may take from the moment that the link is back: the source's pause between two attempts, or that of TCP,
 /// and up to a second until the kernel asks for the next hop's address again.
 const FIRST_PAGE: Duration = Duration::from_secs(2);
 
@@ -114,6 +115,12 @@ impl Case {
         let word = match (ended.source.status, ended.destination.status) {
             (0, 0) => "released",
             (1, 1) if !runs => "rolled back",
+            // `Commit` was lost: the destination never ran, which the source cannot know. Its tasks have everything.
+            (3, 1) if self.point.0 == "restored" => {
+                assert!(ended.source.said().contains("stay stopped with all their memory"), "{ended:#?}");
+                continue_by_hand(site, stamp.pid());
+                "stands still, `kill -CONT`"
+            }
             _ => panic!("{ended:#?}"),
         };
         if word == "released" {
@@ -122,7 +129,7 @@ impl Case {
         stamp.assert_unharmed();
         assert_eq!(stamp.assert_ran_in_turn(), word == "released");
         stamp.quit();
-        site.assert_clean(&[]);
+        site.assert_only(&[]);
         word
     }
 
@@ -151,6 +158,15 @@ impl Case {
             }
         }
     }
+}
+
+/// Ends the holder and lets the tasks here run, as an operator would.
+fn continue_by_hand(site: &Site, pid: u32) {
+    assert!(processes::is_stopped(pid));
+    for holder in site.processes().into_iter().filter(|entry| entry.name == "postcopy-hold") {
+        processes::signal(holder.pid, Signal::SIGKILL);
+    }
+    processes::signal(pid, Signal::SIGCONT);
 }
 
 fn lab() -> Option<Lab> {
