@@ -129,7 +129,7 @@ impl Case {
         stamp.assert_unharmed();
         assert_eq!(stamp.assert_ran_in_turn(), word == "released");
         stamp.quit();
-        site.assert_only(&[]);
+        site.assert_clean(&[]);
         word
     }
 
