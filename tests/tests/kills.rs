@@ -309,7 +309,7 @@ impl Case {
     }
 
     fn taken_over(self, stopped: Stopped) {
-        let orphaned = || self.status().contains("paused for").then_some(());
+        let orphaned = || self.status().contains("its daemon has ended").then_some(());
         eventually("a keeper that knows that it is alone", STEP, orphaned);
         let mut follower = self.take_over();
         assert_eq!(follower.wait(MOVE), 0, "{}\n{}", follower.last_lines(), stopped.source.tool.last_lines());
