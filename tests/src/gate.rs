@@ -1,9 +1,9 @@
 //! A hook that stops a move at a phase until the test lets it go on: the moment is hit exactly.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 
 use nix::libc::O_NONBLOCK;
@@ -54,6 +54,19 @@ impl Gate {
         let _ = self.reached.read(&mut [0; 16]).expect("what was polled");
     }
 
+    /// Whether the move has come here since this was last asked.
+    ///
+    /// # Panics
+    /// If the FIFO cannot be polled.
+    pub fn is_reached(&mut self) -> bool {
+        let reached =
+            host::waiting::readable_within(self.reached.as_fd(), std::time::Duration::ZERO).expect("poll");
+        if reached {
+            let _ = self.reached.read(&mut [0; 16]).expect("what was polled");
+        }
+        reached
+    }
+
     /// Lets the hook end with `status`.
     ///
     /// # Panics
@@ -61,4 +74,17 @@ impl Gate {
     pub fn open(&mut self, status: u8) {
         writeln!(self.open, "{status}").expect("room in a FIFO");
     }
+}
+
+/// An action script that runs `command` at one phase of CRIU's.
+///
+/// # Panics
+/// If it cannot be written.
+#[must_use]
+pub fn action_script(site: &Site, phase: &str, command: &str) -> PathBuf {
+    let path = site.path("action-script");
+    let text = format!("#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" = {phase} ] || exit 0\n{command}\n");
+    fs::write(&path, text).expect("a file of the test");
+    fs::set_permissions(&path, Permissions::from_mode(0o700)).expect("a file of the test");
+    path
 }

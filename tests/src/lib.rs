@@ -10,6 +10,7 @@
 //! - [`stamps`]: the stamping workload before, during and after a move
 //! - [`gate`]: a hook that stops a move at a phase until the test lets it go on
 //! - [`proxy`]: a link between the sides that the test can cut
+//! - [`moments`]: where a test stops a move, so that something happens exactly there
 //! - [`peer`]: one side of the session protocol, played by the test
 //! - [`echo`]: a server with an established connection
 //! - [`stock`]: CRIU's own programs, as scripts use them; [`valve`]: a connection to a page server that stalls
@@ -28,6 +29,7 @@ pub mod echo;
 pub mod fuzz;
 pub mod gate;
 pub mod keys;
+pub mod moments;
 pub mod moves;
 pub mod peer;
 pub mod processes;
@@ -65,6 +67,13 @@ pub const MOVE: Duration = Duration::from_secs(180);
 #[must_use]
 pub fn long() -> bool {
     std::env::var_os("POSTCOPY_TEST_LONG").is_some_and(|value| value == "1")
+}
+
+/// What a panic said that was caught, so that the cases behind it run as well.
+#[must_use]
+pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
 }
 
 /// Looks until `found` finds something, for what the kernel tells nobody about.

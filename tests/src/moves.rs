@@ -120,7 +120,8 @@ impl<'a> Plan<'a> {
     #[track_caller]
     #[must_use]
     pub fn source_to(&self, site: &Site, pid: u32, address: &str) -> Source {
-        let json = site.path("source.json");
+        // Several may be at work at once.
+        let json = site.path(&format!("source-{pid}.json"));
         let _ = std::fs::remove_file(&json);
         let program = programs::program("source-server");
         let mut command = match self.source_in.split_first() {

@@ -87,12 +87,25 @@ pub fn is_stopped(pid: u32) -> bool {
     Entry::of(pid).is_some_and(|entry| matches!(entry.state, 'T' | 't'))
 }
 
+/// Every process of this host, those that have ended included.
+#[must_use]
+pub fn all() -> Vec<Entry> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter_map(Entry::of).collect()
+}
+
+/// Whether `word` is on a program's command line; not for tasks, whose pages may be missing.
+#[must_use]
+pub fn is_told(pid: u32, word: &str) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
+}
+
 /// Every process below `root` that has not ended.
 #[must_use]
 pub fn below(root: u32) -> Vec<Entry> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let all: Vec<Entry> = pids.filter_map(Entry::of).collect();
+    let all = all();
     let mut found = vec![root];
     let mut next = 0;
     while next < found.len() {

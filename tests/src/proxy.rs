@@ -5,15 +5,18 @@
 //! ```
 //!
 //! A cut link resets every connection on both sides at once, as a router does that has forgotten them; bytes that
-//! are on their way are lost. It stays cut, or takes new connections at once or after a while. One for datagrams passes
+//! are on their way are lost. A link can also hold what comes behind a byte of a lane until the test lets it go, so that
+//! something happens exactly there. It stays cut, or takes new connections at once or after a while. One for datagrams passes
 //! nothing on any more, and nobody is told.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+
+use protocol::wire::hello::Role;
 
 use socket2::SockRef;
 
@@ -39,6 +42,18 @@ struct Line {
     control: [AtomicU64; 2],
     /// What happens behind that.
     then: Mutex<Then>,
+    /// Where the link holds what comes.
+    hold: Mutex<Hold>,
+}
+
+/// Where a link in clear holds what comes behind a byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    Nowhere,
+    /// Behind so many more bytes of a lane in a direction.
+    Behind(Role, Towards, u64),
+    /// There is something behind them, and it waits.
+    Reached(Role, Towards),
 }
 
 impl Default for Line {
@@ -50,6 +65,7 @@ impl Default for Line {
             generation: AtomicU64::new(0),
             control: [AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX)],
             then: Mutex::new(Then::Cut),
+            hold: Mutex::new(Hold::Nowhere),
         }
     }
 }
@@ -147,6 +163,23 @@ impl Proxy {
         self.limit(towards, bytes, Then::Reset);
     }
 
+    /// Holds what comes behind `bytes` more bytes on the lane of that role, hellos included, until it is let go. Whoever sends
+    /// it sees nothing of that. Only on a link in clear.
+    pub fn hold_behind(&self, role: Role, towards: Towards, bytes: u64) {
+        *self.line.held() = Hold::Behind(role, towards, bytes);
+    }
+
+    /// Whether something has come behind those bytes, and is held.
+    #[must_use]
+    pub fn is_holding(&self) -> bool {
+        matches!(*self.line.held(), Hold::Reached(..))
+    }
+
+    /// Lets go of what is held, and holds nothing more.
+    pub fn let_go(&self) {
+        *self.line.held() = Hold::Nowhere;
+    }
+
     fn limit(&self, towards: Towards, bytes: u64, then: Then) {
         *self.line.then.lock().unwrap_or_else(PoisonError::into_inner) = then;
         self.line.control[towards as usize].store(bytes, SeqCst);
@@ -169,12 +202,13 @@ impl Line {
         }
         let (near, far) = (Arc::new(near), Arc::new(far));
         let generation = self.generation.load(SeqCst);
-        let (there, back) =
-            (is_control.then_some(Towards::Destination), is_control.then_some(Towards::Source));
-        for (from, to, limited) in [(near.clone(), far.clone(), there), (far, near, back)] {
-            let line = self.clone();
+        // The source's hello says it, which is the first thing that passes.
+        let role = Arc::new(AtomicU8::new(0));
+        let directions = [(near.clone(), far.clone(), Towards::Destination), (far, near, Towards::Source)];
+        for (from, to, towards) in directions {
+            let (line, role) = (self.clone(), role.clone());
             std::thread::spawn(move || {
-                line.pass(&from, &to, limited, generation);
+                line.pass(&from, &to, &Direction { towards, is_control, role }, generation);
                 if line.is_over(generation) {
                     // Whoever of the two threads is last closes the sockets, which then resets.
                     let _ = SockRef::from(&*from).set_linger(Some(Duration::ZERO));
@@ -221,7 +255,39 @@ impl Line {
         self.cut.load(SeqCst) || self.generation.load(SeqCst) != generation
     }
 
-    fn pass(&self, mut from: &TcpStream, mut to: &TcpStream, limited: Option<Towards>, generation: u64) {
+    fn held(&self) -> std::sync::MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many of `got` bytes may pass before the rest is held; all, if nothing is to be held there.
+    fn may_pass(&self, direction: &Direction, got: usize) -> usize {
+        let mut hold = self.held();
+        match *hold {
+            Hold::Behind(role, towards, left) if direction.is(role, towards) => {
+                let pass = got.min(usize::try_from(left).unwrap_or(got));
+                *hold = if pass < got {
+                    Hold::Reached(role, towards)
+                } else {
+                    Hold::Behind(role, towards, left - pass as u64)
+                };
+                pass
+            }
+            Hold::Reached(role, towards) if direction.is(role, towards) => 0,
+            _ => got,
+        }
+    }
+
+    /// Waits until what is held may pass, or never will.
+    fn wait_let_go(&self, direction: &Direction, generation: u64) {
+        let held = || matches!(*self.held(), Hold::Reached(role, towards) if direction.is(role, towards));
+        while held() && !self.is_over(generation) {
+            std::thread::sleep(LOOK / 10);
+        }
+    }
+
+    fn pass(&self, mut from: &TcpStream, mut to: &TcpStream, direction: &Direction, generation: u64) {
+        let limited = direction.is_control.then_some(direction.towards);
+        let mut begins = direction.towards == Towards::Destination;
         let mut buffer = vec![0; 256 << 10];
         while !self.is_over(generation) {
             let got = match from.read(&mut buffer) {
@@ -230,6 +296,9 @@ impl Line {
                 Err(error) if is_look(&error) => continue,
                 Err(_) => return,
             };
+            if std::mem::take(&mut begins) {
+                direction.role.store(buffer[..got].get(ROLE_AT).copied().unwrap_or(0), SeqCst);
+            }
             let mut left = &buffer[..got];
             let mut last = false;
             if let Some(towards) = limited {
@@ -251,14 +320,42 @@ impl Line {
             } else if self.is_over(generation) {
                 return;
             }
+            let mut free = self.may_pass(direction, left.len());
             while !left.is_empty() {
-                match to.write(left) {
-                    Ok(written) => left = &left[written..],
+                if free == 0 {
+                    self.wait_let_go(direction, generation);
+                    free = left.len();
+                }
+                match to.write(&left[..free]) {
+                    Ok(written) => (left, free) = (&left[written..], free - written),
                     Err(error) if is_look(&error) && (last || !self.is_over(generation)) => {}
                     Err(_) => return,
                 }
             }
         }
+    }
+}
+
+/// Where a hello has its role.
+const ROLE_AT: usize = 8;
+
+/// One direction of one connection.
+struct Direction {
+    towards: Towards,
+    /// Whether it is the first connection.
+    is_control: bool,
+    /// The number of its role as the hello has it; 0 before.
+    role: Arc<AtomicU8>,
+}
+
+impl Direction {
+    fn is(&self, role: Role, towards: Towards) -> bool {
+        let number = match role {
+            Role::Control => 1,
+            Role::Fault => 2,
+            Role::Push => 3,
+        };
+        self.towards == towards && self.role.load(SeqCst) == number
     }
 }
 
@@ -340,6 +437,33 @@ mod tests {
         near[0].send(b"late").unwrap();
         far.set_read_timeout(Some(10 * LOOK)).unwrap();
         assert!(far.recv(&mut bytes).is_err());
+    }
+
+    #[test]
+    fn holds_what_comes_behind_a_byte_of_a_lane_until_it_is_let_go() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let proxy = Proxy::to(&listener.local_addr().unwrap().to_string());
+        proxy.hold_behind(Role::Push, Towards::Destination, 12);
+        let mut lanes = [2, 3].map(|role| {
+            let (mut near, mut far) = pair(&proxy, &listener);
+            near.write_all(&[0, 0, 0, 0, 0, 0, 0, 0, role, 0]).unwrap();
+            far.read_exact(&mut [0; 10]).unwrap();
+            (near, far)
+        });
+        for (near, _) in &mut lanes {
+            near.write_all(b"12345").unwrap();
+        }
+        let [(_, fault), (_, push)] = &mut lanes;
+        fault.read_exact(&mut [0; 5]).unwrap();
+        crate::eventually("what is to be held", LONG, || proxy.is_holding().then_some(()));
+        push.read_exact(&mut [0; 2]).unwrap();
+        push.set_read_timeout(Some(10 * LOOK)).unwrap();
+        assert!(push.read(&mut [0; 1]).is_err(), "it was not held");
+        proxy.let_go();
+        push.set_read_timeout(Some(LONG)).unwrap();
+        let mut rest = [0; 3];
+        push.read_exact(&mut rest).unwrap();
+        assert_eq!(&rest, b"345");
     }
 
     #[test]

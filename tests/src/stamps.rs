@@ -190,6 +190,21 @@ impl Stamp {
         }
     }
 
+    /// It ran here, and then in another PID namespace or not: heartbeats of both that take turns are two copies at
+    /// once. Says whether it has run elsewhere.
+    ///
+    /// # Panics
+    /// If it ever ran here again.
+    #[track_caller]
+    pub fn assert_ran_in_turn(&self) -> bool {
+        let beats = self.handle.beats();
+        let mut places: Vec<u64> = beats.iter().filter(|beat| beat.id == 0).map(|beat| beat.place).collect();
+        assert!(!places.contains(&0), "a heartbeat that does not say from where");
+        places.dedup();
+        assert!(places.len() <= 2, "two copies took turns: {places:?}");
+        places.len() == 2
+    }
+
     fn ops(&self) -> u64 {
         self.handle.beats().iter().filter(|beat| beat.id == 0).map(|beat| beat.ops).max().unwrap_or(0)
     }

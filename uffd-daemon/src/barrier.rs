@@ -4,6 +4,9 @@
 //! `post-restore`, where everything is restored and the network is still locked. The script is this program
 //! itself (a path that can be executed, whatever the working directory is mounted with), told by its
 //! environment where the daemon listens. A daemon that dies closes the connection: the script fails.
+//!
+//! That the tasks run is also left as a file beside the socket: a daemon that dies behind the barrier does not hear it, and
+//! whoever takes over has to know.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -18,14 +21,20 @@ const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 pub const SOCKET: &str = "POSTCOPY_BARRIER";
 
 const HELD: u8 = b'h';
+const RESUMING: u8 = b'f';
 const RESUMED: u8 = b'r';
 const RUN: u8 = b'g';
+
+/// Name of the file that says that the tasks run.
+const MARK: &str = "resumed";
 
 /// What CRIU reports through its script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Report {
     /// Restored, and held.
     Held,
+    /// All is done but for letting the tasks go; should CRIU die now, the kernel does that.
+    Resuming,
     /// The tasks run.
     Resumed,
 }
@@ -74,6 +83,7 @@ impl Barrier {
                 self.held = Some(script);
                 Some(Report::Held)
             }
+            RESUMING => Some(Report::Resuming),
             RESUMED => Some(Report::Resumed),
             _ => None,
         })
@@ -100,10 +110,22 @@ pub fn play_script() -> Option<ExitCode> {
     let (socket, action) = (std::env::var_os(SOCKET)?, std::env::var(ACTION).ok()?);
     let result = match action.as_str() {
         "post-restore" => hold(Path::new(&socket)),
-        "post-resume" => UnixStream::connect(socket).and_then(|mut socket| socket.write_all(&[RESUMED])),
+        "pre-resume" => UnixStream::connect(socket).and_then(|mut socket| socket.write_all(&[RESUMING])),
+        "post-resume" => resumed(Path::new(&socket)),
         _ => Ok(()),
     };
     Some(if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Whether the tasks whose barrier was in `dir` have run.
+#[must_use]
+pub fn have_run(dir: &Path) -> bool {
+    dir.join(MARK).exists()
+}
+
+fn resumed(socket: &Path) -> io::Result<()> {
+    fs::write(socket.with_file_name(MARK), [])?;
+    UnixStream::connect(socket)?.write_all(&[RESUMED])
 }
 
 fn hold(socket: &Path) -> io::Result<()> {
@@ -128,6 +150,20 @@ mod tests {
         assert!(!script.is_finished());
         barrier.run().unwrap();
         assert!(script.join().unwrap().is_ok());
+    }
+
+    #[test]
+    fn that_the_tasks_run_is_left_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut barrier = Barrier::new(dir.path()).unwrap();
+        assert!(!have_run(dir.path()));
+        resumed(barrier.path()).unwrap();
+        assert_eq!(barrier.report().unwrap(), Some(Report::Resumed));
+        let path = barrier.path().to_owned();
+        drop(barrier);
+        fs::remove_file(dir.path().join(MARK)).unwrap();
+        assert!(resumed(&path).is_err(), "nobody listens");
+        assert!(have_run(dir.path()));
     }
 
     #[test]

@@ -29,6 +29,14 @@ pub enum ReceiveError {
     Cancelled,
 }
 
+impl ReceiveError {
+    /// Whether restore has ended before the finish word, behind which it lets the tasks go.
+    #[must_use]
+    pub const fn is_early_end(&self) -> bool {
+        matches!(self, Self::Handover(HandoverError::EarlyEnd { .. }))
+    }
+}
+
 /// Listens for one restore.
 #[derive(Debug)]
 pub struct HandoverSocket {

@@ -5,7 +5,7 @@
 //!        1   lazy pages                then    changes of address spaces, five words each
 //!        2   changes recorded
 //!        3   changes that found no room
-//!        4   1: the tasks run
+//!        4   1: the barrier is lifted, the tasks may run; 2: they have
 //!        5   family whose events are being read, and one more; 0: none
 //!        6   since when the link is lost, in seconds since 1970; 0: it is not
 //!        7   for how many seconds it is waited for, and one more; 0: for ever
@@ -136,15 +136,26 @@ impl Journal {
         &self.region.page(at / WORDS_PER_PAGE)[at % WORDS_PER_PAGE]
     }
 
-    /// The tasks run: from here on somebody else can take over.
+    /// The tasks are about to run: from here on somebody else can take over, and nobody goes back.
     pub fn set_running(&self) {
         self.word(RUNNING).store(1, Ordering::Release);
     }
 
-    /// Whether the tasks run.
+    /// Whether the tasks may run.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.word(RUNNING).load(Ordering::Acquire) == 1
+        self.word(RUNNING).load(Ordering::Acquire) > 0
+    }
+
+    /// The tasks have been seen to run.
+    pub fn set_run(&self) {
+        self.word(RUNNING).store(2, Ordering::Release);
+    }
+
+    /// Whether the tasks have been seen to run.
+    #[must_use]
+    pub fn has_run(&self) -> bool {
+        self.word(RUNNING).load(Ordering::Acquire) == 2
     }
 
     /// The link is lost, and is waited for this long.

@@ -42,6 +42,8 @@ pub const IMAGE_PATIENCE: Duration = Duration::from_secs(60);
 pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long the source may take to commit once everything is prepared.
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long CRIU may take from the lifted barrier to running tasks, as seen by a daemon that takes over.
+pub const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 /// How often an idle fault loop looks whether its tasks are still there.
 pub const LIVENESS_INTERVAL: Duration = Duration::from_millis(500);
 /// Background bytes that may be on their way from a CRIU page server (one connection for everything):

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use host::criu::{self, Criu, Running};
 use host::waiting;
+use kernel::pidfd::PidFd;
 use kernel::spawn::CommandSetup;
 
 use crate::barrier::{self, Barrier, Report};
@@ -41,6 +42,8 @@ enum Place {
 pub struct Restore {
     place: Option<Place>,
     barrier: Barrier,
+    /// What it has restored in this PID namespace, from when it was held: a CRIU that is killed leaves it behind.
+    held: Vec<PidFd>,
     /// Never readable: stands in for what has ended.
     silence: (UnixStream, UnixStream),
     log: PathBuf,
@@ -81,7 +84,8 @@ impl Restore {
                 Place::Host(Running::start(&mut command, log.clone())?)
             }
         };
-        Ok(Self { place: Some(place), barrier, silence: UnixStream::pair()?, log, ended: None })
+        let silence = UnixStream::pair()?;
+        Ok(Self { place: Some(place), barrier, held: Vec::new(), silence, log, ended: None })
     }
 
     /// Readable when the restore reports.
@@ -111,7 +115,11 @@ impl Restore {
     /// # Errors
     /// The errno of reading it.
     pub fn report(&mut self) -> io::Result<Option<Report>> {
-        self.barrier.report()
+        let report = self.barrier.report()?;
+        if let (Some(Report::Held), Some(Place::Host(running))) = (report, &self.place) {
+            self.held = descendants(running.pid());
+        }
+        Ok(report)
     }
 
     /// The exit status behind the readable `ended_fd`.
@@ -167,6 +175,7 @@ impl Restore {
                 }
                 running.kill();
                 kill_all(&tree);
+                kill_all(&self.held);
             }
             None => {}
         }
@@ -181,7 +190,7 @@ impl Restore {
 }
 
 /// Every process below `pid`, held by descriptor.
-fn descendants(pid: u32) -> Vec<kernel::pidfd::PidFd> {
+fn descendants(pid: u32) -> Vec<PidFd> {
     let mut found = Vec::new();
     let mut next = vec![pid];
     while let Some(pid) = next.pop() {
@@ -189,7 +198,7 @@ fn descendants(pid: u32) -> Vec<kernel::pidfd::PidFd> {
         for thread in threads.flatten() {
             let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
             for child in children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()) {
-                found.extend(kernel::pidfd::PidFd::open(child));
+                found.extend(PidFd::open(child));
                 next.push(child);
             }
         }
@@ -197,7 +206,7 @@ fn descendants(pid: u32) -> Vec<kernel::pidfd::PidFd> {
     found
 }
 
-fn kill_all(processes: &[kernel::pidfd::PidFd]) {
+fn kill_all(processes: &[PidFd]) {
     for process in processes {
         // Gone already is as good.
         let _ = process.signal(nix::libc::SIGKILL);

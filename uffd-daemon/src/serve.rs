@@ -95,6 +95,8 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
     println!("listening on {endpoint}");
     let _ = io::Write::flush(&mut io::stdout());
     let mut worst = 0;
+    // With `once`: a move is over. Others that are under way by then, taken over or not, need this daemon as well.
+    let mut last = false;
     loop {
         let fds = [interrupt.as_fd(), finished.as_fd(), listener.as_fd()];
         let [interrupted, over, connected] = waiting::readable(fds, None)?;
@@ -113,10 +115,14 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
                 lock(&registry).remove(&session);
                 // A refusal is no move: a daemon that serves one move goes on waiting for it.
                 worst = worst.max(status.unwrap_or(0));
-                let last = context.once && status.is_some();
-                let no_more = stop.is_none() || context.only_orphans;
-                if last || (no_more && lock(&registry).is_empty()) {
-                    return Ok(if context.only_orphans { worst } else { status.unwrap_or(0) });
+                last |= context.once && status.is_some();
+                let no_more = last || stop.is_none() || context.only_orphans;
+                if no_more && lock(&registry).is_empty() {
+                    return Ok(if context.only_orphans || context.once {
+                        worst
+                    } else {
+                        status.unwrap_or(0)
+                    });
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use host::state_dir::StateDir;
 use kernel::uffd::Uffd;
@@ -18,6 +18,7 @@ use protocol::units::{ImageAddr, PageRun, TaskId};
 use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
+use crate::barrier;
 use crate::journal::{Change, Journal, What};
 use crate::keeper::{Info, KeeperHandle, Owner, Stranger};
 use crate::limits;
@@ -127,6 +128,12 @@ pub enum TakeoverError {
     /// The daemon ended before the tasks ran: CRIU kills what it restored.
     #[error("its tasks never ran here: the source rolls back")]
     NeverRan,
+    /// The daemon ended while CRIU was to let the tasks run, and CRIU has not said that it did.
+    #[error(
+        "its tasks were about to run when its daemon ended, and criu has not said that they did: if they are gone, let those of the \
+         source run; if they are there, decide which copy counts"
+    )]
+    Unknown,
     /// The tasks changed their address spaces too often.
     #[error(
         "its tasks changed their mappings more often than is recorded: what belongs where is not known any more; `uffd-daemon abandon` ends \
@@ -195,10 +202,16 @@ impl Found {
         let changes = journal.changes().ok_or(TakeoverError::Forgotten)?;
         let taken = Stranger::find(&path).and_then(Stranger::take).map_err(broken)?;
         let Some((_, held, keeper)) = taken else { return Err(TakeoverError::Attended) };
+        // The source has not let go of its tasks unless they ran here. Tasks that CRIU has killed instead have ended, too,
+        // and must not be taken for some that need no page any more.
+        let held: Vec<(Owner, Uffd)> =
+            held.into_iter().map(|(owner, uffd)| (owner, Uffd::from(uffd))).collect();
+        if !wait_run(&journal, &description.work_dir, &held) {
+            return Err(TakeoverError::Unknown);
+        }
         let spaces = held.into_iter().filter(|(owner, _)| *owner != Owner::NOBODY);
-        let spaces = spaces
-            .map(|(owner, uffd)| ((owner.family as usize, owner.space), Arc::new(Uffd::from(uffd))))
-            .collect();
+        let spaces =
+            spaces.map(|(owner, uffd)| ((owner.family as usize, owner.space), Arc::new(uffd))).collect();
         let tree = Tree::new(&map);
         let half_read = journal.half_read();
         let served = rebuild(&tree, spaces, &changes, &journal);
@@ -279,6 +292,25 @@ impl Taken {
             }
         }
     }
+}
+
+/// Whether the tasks run, or have run until they ended, for which CRIU may need a moment; the word of a daemon that saw
+/// it, or of CRIU itself.
+fn wait_run(journal: &Journal, dir: &Path, held: &[(Owner, Uffd)]) -> bool {
+    const LOOK: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + limits::RESUME_PATIENCE;
+    while !journal.has_run() {
+        // Before CRIU's word is looked for: it is there if they ended by themselves.
+        let ended = held.iter().all(|(_, uffd)| uffd.is_orphaned());
+        if barrier::have_run(dir) {
+            journal.set_run();
+        } else if ended || Instant::now() > deadline {
+            return false;
+        } else {
+            std::thread::sleep(LOOK);
+        }
+    }
+    true
 }
 
 /// Does again to the address spaces what the tasks did to them. The keeper has the userfaultfds of tasks that have

@@ -14,6 +14,7 @@
 //! lab kills what still runs in its namespaces, which is what was started or restored there, and removes them.
 
 mod listening;
+mod outage;
 mod shape;
 mod tasks;
 mod wire;
@@ -31,6 +32,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 pub use listening::wait_listening;
+pub use outage::Outage;
 pub use shape::Rate;
 pub use wire::Wire;
 

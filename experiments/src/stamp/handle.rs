@@ -44,6 +44,8 @@ pub struct Beat {
     pub wrong: u64,
     /// The longest time between two operations of one thread since the last heartbeat.
     pub gap_us: u64,
+    /// The inode of the PID namespace that it was in.
+    pub place: u64,
 }
 
 impl Beat {
@@ -60,6 +62,7 @@ impl Beat {
             forks: field(line, "forks")?,
             wrong: field(line, "wrong")?,
             gap_us: field(line, "gap_us")?,
+            place: field(line, "place")?,
         })
     }
 }

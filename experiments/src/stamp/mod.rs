@@ -9,14 +9,15 @@
 //!
 //! ```text
 //! READY id=0 pid=1234 pages=131072
-//! BEAT id=0 t_ms=.. ops=.. pages=.. churn=.. forks=.. shared=.. wrong=0 gap_us=..     every 100 ms
+//! BEAT id=0 t_ms=.. ops=.. pages=.. churn=.. forks=.. shared=.. wrong=0 gap_us=.. place=..     every 100 ms
 //! WRONG page=0/Writers/77 expected=5 found=4 kind=stale t=..                          as it is found
 //! CHECK 3 pages=.. wrong=..                                                           answer to `check 3`
 //! DONE 4 pages=.. wrong=..                                                            answer to `quit 4`, the last line
 //! ```
 //!
 //! `wrong` counts everything wrong since the start, in all processes; `gap_us` is the longest time one thread
-//! needed from one operation to the next since the last heartbeat. Kinds: `zero`, `stale`, `ahead`, `torn`, `alien`
+//! needed from one operation to the next since the last heartbeat; `place` is the inode of the PID namespace that the
+//! process is in, so two copies of it can be told apart. Kinds: `zero`, `stale`, `ahead`, `torn`, `alien`
 //! (see [`page::Wrong`]), `ledger` (what the process remembers is damaged), `failed` (a system call or child failed).
 //!
 //! Nothing here ends or fails because of the time that passes: its life is counted in rounds of the control
@@ -119,8 +120,8 @@ impl Options {
 /// If it cannot be set up.
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
     ensure!(
-        options.mib >= 4 && (1..=64).contains(&options.threads),
-        "--mib of 4 or more, --threads of 1 to 64"
+        options.mib >= 4 && (1..=512).contains(&options.threads),
+        "--mib of 4 or more, --threads of 1 to 512"
     );
     ensure!((1..=PROCESSES_MAX).contains(&options.tree), "--tree of 1 to {PROCESSES_MAX}");
     workload::detach()?;
@@ -220,7 +221,7 @@ impl Team {
         let ops = |progress: &Option<Arc<Progress>>| progress.as_ref().map_or(0, |progress| progress.ops());
         let gap_ns = self.writers.iter().map(|progress| progress.take_gap_ns()).max().unwrap_or(0);
         format!(
-            "BEAT id={} t_ms={} ops={} pages={} churn={} forks={} shared={} wrong={wrong} gap_us={}",
+            "BEAT id={} t_ms={} ops={} pages={} churn={} forks={} shared={} wrong={wrong} gap_us={} place={}",
             self.process,
             monotonic_ms(),
             sum(Progress::ops),
@@ -229,8 +230,16 @@ impl Team {
             ops(&self.forks),
             ops(&self.shared),
             gap_ns / 1000,
+            place(),
         )
     }
+}
+
+/// The inode of the PID namespace that this process is in, 0 if it cannot be told.
+fn place() -> u64 {
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let digits: String = namespace.to_string_lossy().chars().filter(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or(0)
 }
 
 /// One process of the workload at work.

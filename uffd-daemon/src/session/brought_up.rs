@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -297,6 +297,11 @@ impl BroughtUp {
         self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))
     }
 
+    /// Readable when CRIU has ended.
+    pub(super) fn restore_ended_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.restore.as_ref().map(Restore::ended_fd)
+    }
+
     /// Waits until the tree is restored and held, and checks that its lazy areas are ours to fill.
     pub(super) fn wait_held(
         &mut self,
@@ -363,39 +368,55 @@ impl BroughtUp {
             journal.set_running();
         }
         self.restore()?.run().map_err(Failure::io)?;
-        let deadline = Instant::now() + limits::RESTORE_TIMEOUT;
+        let mut deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut resumed = None;
-        let mut finished = false;
+        // Before the finish word of the hand-over no task is let go.
+        let (mut resuming, mut finished, mut ended_early) = (false, false, false);
         loop {
             let restore =
                 self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))?;
             let fds = [restore.reports_fd(), restore.ended_fd(), self.handed_over.as_fd()];
             let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
             match ready {
-                [true, ..] => {
-                    if restore.report().map_err(Failure::io)? == Some(Report::Resumed) {
-                        resumed = resumed.or(Some(Instant::now()));
-                    }
-                }
+                [true, ..] => match restore.report().map_err(Failure::io)? {
+                    Some(Report::Resuming) => resuming = true,
+                    Some(Report::Resumed) => resumed = resumed.or(Some(Instant::now())),
+                    Some(Report::Held) | None => {}
+                },
                 [_, true, _] => {
                     let status = restore.end();
-                    if status != 0 {
+                    // One that is killed once it had only to let go of the tasks has let go of them. One that fails kills them.
+                    let runs = resumed.is_some() || resuming && all_live(&restore.proc_dir(), &self.map);
+                    if status != 0 && runs {
+                        tracing::warn!("criu restore ended with {status}; the tasks run");
+                    } else if status != 0 {
                         let complaint = restore.complaint();
                         let reason =
                             format!("criu restore failed behind the switchover ({status}): {complaint}");
-                        return Err(Failure { reason, event: Event::RestoreFailed });
+                        ended_early |= !finished && has_ended_early(&self.handed_over);
+                        let event = if ended_early { Event::NeverRan } else { Event::RestoreFailed };
+                        return Err(Failure { reason, event });
                     }
                     resumed = resumed.or(Some(Instant::now()));
                 }
                 [_, _, true] => {
                     for result in self.handed_over.empty() {
-                        result.map_err(|error| Failure::broken(error.to_string()))?;
-                        finished = true;
+                        match result {
+                            Ok(()) => finished = true,
+                            Err(error) if error.is_early_end() => {
+                                ended_early = true;
+                                deadline = deadline.min(Instant::now() + limits::RESUME_PATIENCE);
+                            }
+                            Err(error) => return Err(Failure::broken(error.to_string())),
+                        }
                     }
                 }
                 _ => return Err(Failure::broken("criu restore did not let the tasks run".into())),
             }
             if let (Some(at), true) = (resumed, finished) {
+                if let Some(journal) = self.tree.journal() {
+                    journal.set_run();
+                }
                 let proc = restore.proc_dir();
                 let processes = self.map.tasks().iter().map(|task| proc.join(task.id.to_string())).collect();
                 self.steering = Some(Steering::start(self.tree.clone(), processes));
@@ -541,6 +562,22 @@ impl BroughtUp {
             self.tree.pages()
         )
     }
+}
+
+/// Whether a CRIU that is gone has left without the finish word, which the hand-over's thread is about to find out.
+fn has_ended_early(handed_over: &Mailbox<Result<(), ReceiveError>>) -> bool {
+    let heard = waiting::readable_within(handed_over.as_fd(), limits::REASON_PATIENCE);
+    heard.unwrap_or(false)
+        && handed_over.empty().into_iter().any(|result| result.is_err_and(|error| error.is_early_end()))
+}
+
+/// Whether every task with lazy pages is there and has not ended.
+fn all_live(proc: &std::path::Path, map: &LazyMap) -> bool {
+    let ended =
+        |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']));
+    map.tasks().iter().all(|task| {
+        std::fs::read_to_string(proc.join(task.id.to_string()).join("stat")).is_ok_and(|stat| !ended(&stat))
+    })
 }
 
 impl Drop for BroughtUp {

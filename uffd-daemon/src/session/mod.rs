@@ -16,7 +16,7 @@ pub use arrivals::{Arrivals, Door, door};
 pub use precopy::Prefill;
 
 use std::ffi::OsString;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -165,16 +165,19 @@ impl Session {
         let mut switchover = Switchover::default();
         match self.bring_up(&offer, &mut switchover) {
             Ok(brought_up) => self.settle(brought_up, switchover),
-            Err(reason) => {
-                if let Err(error) = self.config.hooks.run(HookPhase::RolledBack) {
-                    tracing::error!("{error}");
-                }
-                // The source may be gone; then nobody waits for this.
-                let _ = self.control.send(&Control::Abort(reason.clone()));
-                let _ = self.control.send(&Control::RolledBack);
-                Err(SessionError::RolledBack(reason))
-            }
+            Err(reason) => Err(self.rolled_back(reason)),
         }
+    }
+
+    /// Nothing of the tree is left here: says so.
+    fn rolled_back(&self, reason: String) -> SessionError {
+        if let Err(error) = self.config.hooks.run(HookPhase::RolledBack) {
+            tracing::error!("{error}");
+        }
+        // The source may be gone; then nobody waits for this.
+        let _ = self.control.send(&Control::Abort(reason.clone()));
+        let _ = self.control.send(&Control::RolledBack);
+        SessionError::RolledBack(reason)
     }
 
     fn judge_offer(&mut self) -> Result<Offer, SessionError> {
@@ -268,10 +271,21 @@ impl Session {
 
     /// The source's next message; its abort, an interrupt and the deadline are errors.
     fn next_message(&self, limit: Option<Duration>) -> Result<Control, String> {
+        self.next_message_or(limit, None)
+    }
+
+    /// As [`Session::next_message`]; that the restore has ended is an error, too.
+    fn next_message_or(
+        &self,
+        limit: Option<Duration>,
+        restore: Option<BorrowedFd<'_>>,
+    ) -> Result<Control, String> {
         let deadline = limit.map(|limit| Instant::now() + limit);
-        let ready = waiting::link_or(&self.control, [self.interrupt.as_fd()], deadline);
+        let fds = [self.interrupt.as_fd(), restore.unwrap_or_else(|| self.interrupt.as_fd())];
+        let ready = waiting::link_or(&self.control, fds, deadline);
         match ready.map_err(|error| error.to_string())? {
-            (_, [true]) => Err("interrupted at the destination".into()),
+            (_, [true, _]) => Err("interrupted at the destination".into()),
+            (_, [_, true]) => Err("criu restore ended while the tree was held".into()),
             (true, _) => match self.control.receive() {
                 Ok(Control::Abort(reason)) => Err(format!("the source called it off: {reason}")),
                 Ok(message) => Ok(message),
@@ -293,7 +307,8 @@ impl Session {
         if switchover.step(Event::Held) == Action::SendPrepared {
             self.control.send(&Control::Prepared).map_err(|error| format!("lost the source: {error}"))?;
         }
-        let message = self.next_message(Some(limits::COMMIT_TIMEOUT))?;
+        // Without CRIU the tasks stay held for ever. Found out before the barrier is lifted, a word to the source undoes all.
+        let message = self.next_message_or(Some(limits::COMMIT_TIMEOUT), brought_up.restore_ended_fd())?;
         match switchover.step(Event::from(&message)) {
             Action::LetRun => {
                 self.arrivals.allow_resume();

@@ -62,7 +62,7 @@ impl Session {
 
     fn conclude(
         &mut self,
-        brought_up: BroughtUp,
+        mut brought_up: BroughtUp,
         mut switchover: Switchover,
         ended: Result<(), Failure>,
     ) -> Result<(), SessionError> {
@@ -73,9 +73,14 @@ impl Session {
             brought_up.finish();
             return Ok(());
         };
-        if switchover.step(event) == Action::End(Ending::TellAndPause) {
+        match switchover.step(event) {
+            Action::End(Ending::TearDown) => {
+                brought_up.tear_down();
+                return Err(self.rolled_back(reason));
+            }
             // The source must know, although it will not resume.
-            let _ = self.control.send(&Control::Abort(reason.clone()));
+            Action::End(Ending::TellAndPause) => drop(self.control.send(&Control::Abort(reason.clone()))),
+            _ => {}
         }
         self.control.shutdown();
         brought_up.finish_installing();

@@ -48,8 +48,10 @@ pub enum Event {
     Commit,
     /// The tasks run.
     Resumed,
-    /// CRIU failed to let them run.
+    /// CRIU failed to let them run; some may have.
     RestoreFailed,
+    /// It failed before any of them could.
+    NeverRan,
     /// Every page is settled and acknowledged.
     Settled,
     /// `Complete` was sent.
@@ -113,6 +115,8 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
 
         (State::Committed, Event::Resumed) => (State::Running, Action::SendRunning),
         (State::Committed, Event::RestoreFailed) => end(Ending::TellAndPause),
+        // The source lets its tasks run only on the word that nothing is left here.
+        (State::Committed, Event::NeverRan) => end(Ending::TearDown),
         (State::Running, Event::Settled) => (State::Settled, Action::SendComplete),
         (State::Settled, Event::CompleteSent) => (State::Completed, Action::AwaitReleased),
         // The barrier is being lifted, and nobody listens; what is lost shows when it is.

@@ -195,6 +195,13 @@ impl World {
             "destination: criu has failed",
             on(Event::RestoreFailed),
         );
+        self.step(
+            steps,
+            committed,
+            Kind::Fault,
+            "destination: criu fails before anything has run",
+            on(Event::NeverRan),
+        );
         self.step(steps, committed && running, Kind::Fault, "destination: criu fails to resume", |world| {
             world.destination_tasks = Tasks::Gone;
             world.destination_event(rules, Event::RestoreFailed);

@@ -1,0 +1,427 @@
+//! Whoever is killed, and wherever in a move: the process goes on with the right bytes, once, or stands still and somebody says so.
+//!
+//! Each case stops a move at a moment, kills one of its processes there, does what docs/operations.md says, and judges every page.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Instant;
+
+use experiments::stamp::Options;
+use nix::sys::signal::Signal;
+use tests::moments::{MOMENTS, Moment, Stopped, When, restorer};
+use tests::moves::Plan;
+use tests::processes::{self, Entry};
+use tests::site::{Site, assert_ends};
+use tests::stamps::{self, Stamp};
+use tests::tool::Tool;
+use tests::{MOVE, STEP, eventually, programs};
+
+/// Memory of the process that is moved.
+const MIB: usize = 32;
+/// How often a process is begun anew whose memory CRIU copies as a whole.
+const TRIES: usize = 5;
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Daemon,
+    Source,
+    Dump,
+    Restore,
+    Keeper,
+    Holder,
+}
+
+/// How a case ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As if nothing had been.
+    Released,
+    /// By itself: the process runs on at the source, nothing of it is left at the destination.
+    RolledBack,
+    /// The tasks stand still at the source and nowhere else; `kill -CONT` lets them run.
+    LetRun,
+    /// Another daemon goes on, and the move is released.
+    TakenOver,
+    /// Another source goes on, and the move is released.
+    Resumed,
+    /// What has run at the destination waits for pages that the stopped tasks have; who is left says so.
+    StandsStill,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Released => "released",
+            Self::RolledBack => "rolled back",
+            Self::LetRun => "stands still at the source, `kill -CONT` there",
+            Self::TakenOver => "paused, `takeover`, released",
+            Self::Resumed => "paused, `resume`, released",
+            Self::StandsStill => "stands still on both sides, which is said",
+        })
+    }
+}
+
+impl Victim {
+    /// How it may end; nothing where the victim is not there yet, or perhaps not any more.
+    fn ends(self, when: When) -> &'static [End] {
+        use When::{
+            CommitSent, Committed, Complete, DestinationDone, Dumping, Held, Prepared, Pushing, Restoring,
+            Resuming, Runs, SourceDone,
+        };
+        match (self, when) {
+            (Self::Daemon, SourceDone) | (Self::Source, DestinationDone) => &[],
+            // Whether the source hears of the end first, or is told to commit: then only a daemon would know that nothing ran.
+            (Self::Daemon, Prepared) => &[End::RolledBack, End::LetRun],
+            (Self::Daemon, CommitSent) => &[End::LetRun],
+            // CRIU finds nobody to hand over to, and kills what it was about to let run.
+            (Self::Daemon, Committed) => &[End::LetRun],
+            (Self::Daemon, when) if when < CommitSent => &[End::RolledBack],
+            (Self::Daemon, _) => &[End::TakenOver],
+
+            // CRIU fails for want of somebody to tell that it is ready, and lets go of the tasks.
+            (Self::Source, Dumping) => &[End::RolledBack],
+            (Self::Source, when) if when < CommitSent => &[End::LetRun],
+            // The pages are in tasks that another process cannot serve from.
+            (Self::Source, when) if when < Pushing => &[End::StandsStill],
+            (Self::Source, Pushing | Complete) => &[End::Resumed],
+            (Self::Source, _) => &[End::Released],
+
+            (Self::Dump, Dumping) => &[End::RolledBack],
+            // It is needed until the pages have been drained, which takes some milliseconds.
+            (Self::Dump, when) if when < CommitSent => &[End::RolledBack, End::Released],
+            (Self::Dump, when) if when < Pushing => &[End::Released],
+            (Self::Dump, _) => &[],
+
+            (Self::Restore, when) if when < Restoring => &[],
+            (Self::Restore, when) if when <= Committed => &[End::RolledBack],
+            // The kernel lets go of tasks whose tracer dies: nobody can tell any more that they have not run.
+            (Self::Restore, Resuming) => &[End::StandsStill],
+            (Self::Restore, Runs) => &[End::Released],
+            (Self::Restore, _) => &[],
+
+            // Dismissed when every page is there, which the source's hook does not wait for.
+            (Self::Keeper, when) if when < Restoring || when == SourceDone => &[],
+            // Behind the restore's start it is told what to say to others; without that a move is called off.
+            (Self::Keeper, Restoring) => &[End::RolledBack, End::Released],
+            (Self::Keeper, when) if when >= Held => &[End::Released],
+
+            (Self::Holder, Pushing | Complete) => &[End::Released],
+            (Self::Keeper | Self::Holder, _) => &[],
+        }
+    }
+
+    /// Its pid.
+    fn find(self, site: &Site, stopped: &Stopped) -> Option<u32> {
+        let (source, daemon) = (stopped.source.tool.pid(), stopped.destination.tool.pid());
+        let find = |wanted: &dyn Fn(&Entry) -> bool| {
+            site.processes().into_iter().find(wanted).map(|entry| entry.pid)
+        };
+        match self {
+            Self::Daemon => Some(daemon),
+            Self::Source => Some(source),
+            Self::Dump => find(&|entry| entry.parent == source && entry.name == "criu"),
+            Self::Restore => restorer(site),
+            Self::Keeper => find(&|entry| entry.parent == daemon && processes::is_told(entry.pid, "keeper")),
+            Self::Holder => find(&|entry| entry.parent == source && entry.name == "postcopy-hold"),
+        }
+    }
+}
+
+/// A case: its place, and where its programs leave word.
+struct Case {
+    victim: Victim,
+    moment: Moment,
+    state: PathBuf,
+    kept: PathBuf,
+    stamp: Stamp,
+    // Dropped last.
+    site: Site,
+}
+
+/// Where the victim was there.
+fn judge(victim: Victim, moment: Moment) -> Option<End> {
+    for _ in 0..TRIES {
+        let site = Site::new()?;
+        let options = Options {
+            mib: MIB,
+            threads: 2,
+            rate_us: 500,
+            churn: true,
+            fork: true,
+            ..stamps::options(&site, "busy")
+        };
+        let stamp = Stamp::start(&options);
+        let (state, kept) = (site.path("state"), site.path("kept"));
+        let case = Case { victim, moment, state, kept, stamp, site };
+        if let Some(end) = case.run() {
+            return Some(end);
+        }
+    }
+    panic!("CRIU copied all memory {TRIES} times in a row");
+}
+
+impl Case {
+    fn run(mut self) -> Option<End> {
+        let ends = self.victim.ends(self.moment.when);
+        // Long enough for whoever follows, and not longer than it takes where nobody can.
+        let follows = ends.iter().any(|end| matches!(end, End::TakenOver | End::Resumed));
+        let patience = if follows { "30" } else { "2" };
+        let plan =
+            Plan::new().source(["--give-up-after", patience]).destination(["--give-up-after", patience]);
+        let plan = plan.source(["--state-dir".as_ref(), self.kept.as_os_str()]);
+        let plan = plan.destination(["--state-dir".as_ref(), self.state.as_os_str()]);
+        let Some(mut stopped) = self.moment.reach(&self.site, &plan, self.stamp.pid(), MIB) else {
+            self.stamp.give_up();
+            processes::kill_below(std::process::id());
+            return None;
+        };
+        let behind = self.moment.when > When::CommitSent;
+        if behind {
+            self.stamp.give_up();
+        }
+        if self.moment.when >= When::Pushing {
+            // The pages are in pipes, and nowhere else.
+            assert_ends(self.stamp.pid(), STEP);
+        }
+        let victim = eventually("the victim", STEP, || self.victim.find(&self.site, &stopped));
+        processes::signal(victim, Signal::SIGKILL);
+        assert_ends(victim, STEP);
+        // Somebody who takes over must not take tasks for done that CRIU is about to kill.
+        let too_early = (self.victim == Victim::Daemon && self.moment.when == When::Committed).then(|| {
+            let follower = self.take_over();
+            let taken = || self.status().contains("served by a daemon").then_some(());
+            eventually("a keeper with another daemon", STEP, taken);
+            follower
+        });
+        stopped.go_on();
+        if let Some(mut follower) = too_early {
+            assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
+            follower.wait_line("criu has not said that they did", STEP);
+        }
+        let end = match *ends {
+            [end] => end,
+            _ => self.which(&stopped),
+        };
+        match end {
+            End::Released => self.released(stopped),
+            End::RolledBack => self.rolled_back(stopped),
+            End::LetRun => self.let_run(stopped),
+            End::TakenOver => self.taken_over(stopped),
+            End::Resumed => self.resumed(stopped),
+            End::StandsStill => self.stands_still(stopped),
+        }
+        Some(end)
+    }
+
+    /// Which of the ends it is, as the source says.
+    fn which(&self, stopped: &Stopped) -> End {
+        eventually("the source's end", MOVE, || stopped.source.tool.has_ended().then_some(()));
+        let said = |words| stopped.source.tool.lines().iter().any(|line| line.contains(words));
+        match () {
+            () if said("rolled back: the source runs on") => End::RolledBack,
+            () if said("stay stopped with all their memory") => End::LetRun,
+            () => End::Released,
+        }
+    }
+
+    fn released(self, stopped: Stopped) {
+        let Stopped { source, destination, .. } = stopped;
+        if self.victim != Victim::Source {
+            source.wait(MOVE).assert(0, "released", &[]);
+        }
+        if self.victim != Victim::Daemon {
+            destination.wait(MOVE).assert(0, "released", &[]);
+        }
+        self.arrived();
+    }
+
+    /// All of it runs at the destination, and has never run here meanwhile.
+    fn arrived(mut self) {
+        self.stamp.mark_moved();
+        self.stamp.assert_unharmed();
+        assert!(self.stamp.assert_ran_in_turn(), "it has not moved");
+        self.stamp.quit();
+        self.site.assert_only(&[]);
+    }
+
+    fn rolled_back(self, stopped: Stopped) {
+        let Stopped { source, destination, .. } = stopped;
+        if self.victim != Victim::Source {
+            source.wait(MOVE).assert(1, "rolled_back", &[]);
+        }
+        if self.victim != Victim::Daemon {
+            destination.wait(MOVE).assert(1, "rolled_back", &[]);
+        }
+        self.runs_here();
+    }
+
+    /// It runs at the source, and has run nowhere else; nothing else is left.
+    fn runs_here(mut self) {
+        self.stamp.assert_unharmed();
+        assert!(!self.stamp.assert_ran_in_turn(), "it has run at the destination");
+        let others = || {
+            let tree: BTreeSet<u32> = self.tree().into_iter().collect();
+            let mut others = self.site.processes();
+            others.retain(|entry| !tree.contains(&entry.pid));
+            others
+        };
+        eventually("that nothing else is left", STEP, || others().is_empty().then_some(()));
+        self.stamp.quit();
+    }
+
+    /// The tasks at the source.
+    fn tree(&self) -> Vec<u32> {
+        let pid = self.stamp.pid();
+        processes::below(pid).into_iter().map(|entry| entry.pid).chain([pid]).collect()
+    }
+
+    /// Lets the tasks at the source run, as an operator would.
+    fn continue_here(&self) {
+        eventually("that the source stands still", STEP, || {
+            self.tree().into_iter().all(processes::is_stopped).then_some(())
+        });
+        for holder in self.site.processes().into_iter().filter(|entry| entry.name == "postcopy-hold") {
+            processes::signal(holder.pid, Signal::SIGKILL);
+        }
+        for pid in self.tree() {
+            processes::signal(pid, Signal::SIGCONT);
+        }
+    }
+
+    fn let_run(self, stopped: Stopped) {
+        let Stopped { source, destination, .. } = stopped;
+        if self.victim == Victim::Source {
+            destination.wait(MOVE).assert(1, "rolled_back", &[]);
+        } else {
+            source.wait(MOVE).assert(3, "paused", &["stay stopped with all their memory"]);
+        }
+        let pid = self.stamp.pid();
+        eventually("that nothing is left at the destination", STEP, || {
+            self.site.moved(pid).is_none().then_some(())
+        });
+        self.continue_here();
+        self.runs_here();
+    }
+
+    fn taken_over(self, stopped: Stopped) {
+        let orphaned = || self.status().contains("its daemon has ended").then_some(());
+        eventually("a keeper that knows that it is alone", STEP, orphaned);
+        let mut follower = self.take_over();
+        assert_eq!(follower.wait(MOVE), 0, "{}\n{}", follower.last_lines(), stopped.source.tool.last_lines());
+        stopped.source.wait(MOVE).assert(0, "released", &[]);
+        assert!(self.status().contains("no moves"), "{}", self.status());
+        // The one window that the kernel does not let anybody close: what was lost in it is said, and not judged.
+        if follower.lines().iter().any(|line| line.contains("between reading an event")) {
+            println!("the daemon was killed between reading an event and recording it");
+            return;
+        }
+        self.arrived();
+    }
+
+    fn take_over(&self) -> Tool {
+        let mut command = Command::new(programs::program("uffd-daemon"));
+        command.arg("takeover").arg("--state-dir").arg(&self.state).args(["--give-up-after", "2"]);
+        Tool::start("takeover", command)
+    }
+
+    fn status(&self) -> String {
+        let mut command = Command::new(programs::program("uffd-daemon"));
+        let output = command.arg("status").arg("--state-dir").arg(&self.state).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn resumed(self, stopped: Stopped) {
+        stopped.destination.tool.wait_line("paused: ", STEP);
+        let mut command = Command::new(programs::program("source-server"));
+        command.arg("resume").arg("--state-dir").arg(&self.kept);
+        let mut follower = Tool::start("resume", command);
+        assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
+        stopped.destination.wait(MOVE).assert(0, "released", &[]);
+        assert_eq!(std::fs::read_dir(&self.kept).unwrap().count(), 0);
+        self.arrived();
+    }
+
+    /// Both wait: what has run at the destination for pages, the source's tasks for a signal. The operator takes the latter.
+    fn stands_still(mut self, stopped: Stopped) {
+        let Stopped { source, destination, .. } = stopped;
+        if self.victim != Victim::Source {
+            source.wait(MOVE).assert(3, "paused", &["stay stopped with all their memory"]);
+        }
+        destination.wait(MOVE).assert(3, "paused", &["switchover was passed"]);
+        let moved = self.site.moved(self.stamp.pid()).expect("the moved root");
+        assert!(self.tree().into_iter().all(processes::is_stopped), "the source runs");
+        assert_eq!(self.stamp.wrong_lines(), Vec::<String>::new());
+        let init = Entry::of(moved).unwrap().parent;
+        processes::signal(init, Signal::SIGKILL);
+        assert_ends(moved, STEP);
+        self.continue_here();
+        // What it did at the destination is undone: its counts go back, its memory is that of the freeze.
+        let checked = self.stamp.handle().check(STEP).unwrap();
+        assert!(checked.wrong == 0 && checked.pages > 0, "{checked:?}: {:#?}", self.stamp.wrong_lines());
+    }
+}
+
+/// One row of the table, and what went wrong in it.
+fn row(victim: Victim, moment: Moment) -> Result<(), String> {
+    let begun = Instant::now();
+    let ended = catch_unwind(AssertUnwindSafe(|| judge(victim, moment)));
+    let took = begun.elapsed().as_secs_f64();
+    match ended {
+        Ok(Some(end)) => println!("| {victim:?} | {} | {end} | {took:.1} |", moment.name),
+        Ok(None) => {}
+        Err(panic) => {
+            println!("| {victim:?} | {} | FAILED | {took:.1} |", moment.name);
+            return Err(format!("{victim:?}, {}: {}", moment.name, tests::panic_text(&*panic)));
+        }
+    }
+    Ok(())
+}
+
+/// Kills `victim` at every moment that it is there for, or at some.
+fn kill_at_moments(victim: Victim, some: &[&str]) {
+    assert!(some.iter().all(|name| MOMENTS.iter().any(|moment| moment.name == *name)), "{some:?}");
+    let chosen = |moment: &&Moment| tests::long() || some.contains(&moment.name);
+    let there = |moment: &&Moment| !victim.ends(moment.when).is_empty();
+    let moments = MOMENTS.iter().filter(there).filter(chosen);
+    let failed: Vec<String> = moments.filter_map(|moment| row(victim, *moment).err()).collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
+
+#[test]
+fn the_daemon_is_killed() {
+    let some = ["CRIU begins to restore", "Commit is on its way", "the barrier is lifted", "4/8 are pushed"];
+    kill_at_moments(Victim::Daemon, &some);
+}
+
+#[test]
+fn the_source_is_killed() {
+    let some = ["the fence stands", "Running is on its way", "4/8 are pushed", "Complete is on its way"];
+    kill_at_moments(Victim::Source, &some);
+}
+
+#[test]
+fn criu_is_killed_at_the_source() {
+    kill_at_moments(Victim::Dump, &["CRIU has frozen and dumped", "Prepared is on its way", "the tasks run"]);
+}
+
+#[test]
+fn criu_is_killed_at_the_destination() {
+    let some = ["CRIU begins to restore", "Commit is on its way", "the barrier is lifted", "the tasks run"];
+    kill_at_moments(Victim::Restore, &some);
+}
+
+#[test]
+fn the_keeper_is_killed() {
+    kill_at_moments(Victim::Keeper, &["all is restored and held", "4/8 are pushed"]);
+}
+
+#[test]
+fn the_holder_is_killed() {
+    kill_at_moments(Victim::Holder, &["nothing is pushed", "Complete is on its way"]);
+}
