@@ -205,7 +205,7 @@ fn faults_on_what_is_kept_are_resolved_without_the_source() {
         FaultLoop::new(moved.tree.clone(), Some(Source(asked.clone())), orders, post, None, latency.clone());
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| drop(fault_loop.run()));
-        let uffd = moved.uffd.as_fd().try_clone_to_owned().unwrap();
+        let uffd = Arc::new(Uffd::from(moved.uffd.as_fd().try_clone_to_owned().unwrap()));
         commands.send(Command::Serve { family: 0, uffd });
         // Readers that come from both sides, while everything is installed.
         let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
