@@ -273,7 +273,16 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
                     }
                 }
             }
-            Event::Fork { child } => children.push(child),
+            // At once: what the parent drops, unmaps or moves from here on is the child's all the same.
+            Event::Fork { child: uffd } => {
+                if let Some(child) = guard.forked(space, uffd.clone()) {
+                    if let Some(keep) = &self.keeper {
+                        keep(Owner::new(family, child.number()), &uffd);
+                    }
+                    tree.record(family, space, What::Forked { child });
+                    children.push(ServedSpace { family, space: child, uffd });
+                }
+            }
             Event::Remap { from, to, len } => {
                 let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
                 guard.remapped(space, from, to, bytes_to_pages(len));
@@ -295,9 +304,7 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
         self.maybe_settled |= guard.remote_pages() == 0;
-        for child in children {
-            self.adopt(&mut guard, family, space, child);
-        }
+        self.served.extend(children);
         if let Some(journal) = tree.journal() {
             journal.has_read();
         }
@@ -386,16 +393,6 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         self.publish_demand();
         if let Err(error) = asked {
             self.lose_upstream(&error);
-        }
-    }
-
-    fn adopt(&mut self, family: &mut Family<I>, position: usize, parent: SpaceId, uffd: I) {
-        if let Some(space) = family.forked(parent, uffd.clone()) {
-            if let Some(keeper) = &self.keeper {
-                keeper(Owner::new(position, space.number()), &uffd);
-            }
-            self.tree.record(position, parent, What::Forked { child: space });
-            self.served.push(ServedSpace { family: position, space, uffd });
         }
     }
 
