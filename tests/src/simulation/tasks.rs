@@ -186,7 +186,8 @@ impl Thread {
                 state.split(&own);
                 Doing::Nothing
             }
-            97 | 98 if quiet && spaces < SPACES_MAX => {
+            // See docs/measuring.md: what a fork beside an unread event means cannot always be told.
+            97 | 98 if quiet && !state.is_changing() && spaces < SPACES_MAX => {
                 let name = format!("{}.{spaces}", state.name);
                 Doing::Fork { child: state.fork(self.number, name) }
             }
