@@ -120,9 +120,10 @@ const USER_MODE_ONLY: libc::c_int = 1;
 struct RawMessage([u8; 32]);
 const _: () = assert!(size_of::<RawMessage>() == 32);
 
-/// What a userfaultfd reports. Addresses are the task's own; ranges are `start..end` in bytes.
+/// What a userfaultfd reports. Addresses are the task's own; ranges are `start..end` in bytes. `Child` is what serves a
+/// forked address space.
 #[derive(Debug)]
-pub enum Event {
+pub enum Event<Child = OwnedFd> {
     /// A thread waits for the page at `address` (page-aligned unless `EXACT_ADDRESS` was negotiated).
     Fault {
         /// Faulting address.
@@ -131,7 +132,7 @@ pub enum Event {
     /// The task forked; `child` serves the new address space, which started as a copy of this one.
     Fork {
         /// The child's userfaultfd.
-        child: OwnedFd,
+        child: Child,
     },
     /// `mremap` moved `len` bytes.
     Remap {
@@ -158,6 +159,20 @@ pub enum Event {
     },
     /// An event this version does not know; reported so that nobody waits in silence.
     Unknown(u8),
+}
+
+impl<Child> Event<Child> {
+    /// The same event, with something else to serve a forked address space.
+    pub fn adopt<Other>(self, child: impl FnOnce(Child) -> Other) -> Event<Other> {
+        match self {
+            Self::Fault { address } => Event::Fault { address },
+            Self::Fork { child: of } => Event::Fork { child: child(of) },
+            Self::Remap { from, to, len } => Event::Remap { from, to, len },
+            Self::Remove { start, end } => Event::Remove { start, end },
+            Self::Unmap { start, end } => Event::Unmap { start, end },
+            Self::Unknown(kind) => Event::Unknown(kind),
+        }
+    }
 }
 
 /// What became of an attempt to install pages.

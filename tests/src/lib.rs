@@ -18,6 +18,7 @@
 //! - [`subject`]: a process that waits in a call or writes by order; [`shadow`]: what a destination would have
 //! - [`processes`]: who is there, without touching anybody's memory
 //! - [`fuzz`]: hostile input for every decoder, without processes
+//! - [`simulation`]: both engines in one world of their own, without a kernel
 //!
 //! What does not come true panics with what the programs said. Nothing waits without a deadline.
 #![forbid(unsafe_code)]
@@ -37,6 +38,7 @@ pub mod programs;
 pub mod proxy;
 pub mod receiver;
 pub mod shadow;
+pub mod simulation;
 pub mod site;
 pub mod stamps;
 pub mod stock;

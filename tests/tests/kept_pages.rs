@@ -43,6 +43,8 @@ struct Moved {
     unneeded: Unneeded,
     uffd: Uffd,
     region: Region,
+    /// What was cut off it.
+    behind: Option<Region>,
 }
 
 fn content(page: usize) -> u64 {
@@ -80,12 +82,25 @@ impl Moved {
         let tree = Tree::new(&map);
         let (kept, unneeded) = cache.into_clean(&map, &clean).unwrap();
         tree.keep(kept);
-        Self { tree, unneeded, uffd, region }
+        Self { tree, unneeded, uffd, region, behind: None }
+    }
+
+    /// Makes two areas of the kernel's one, as any `mprotect` or `madvise` does that is about some of its pages.
+    fn cut(&mut self, at: usize) {
+        let behind = self.region.split_off(at);
+        behind.prefer_huge_pages().unwrap();
+        self.behind = Some(behind);
     }
 
     #[track_caller]
     fn assert_right(&self, page: usize) {
-        let words = self.region.page(page);
+        let first = page.checked_sub(self.behind.as_ref().map_or(usize::MAX, |behind| {
+            (behind.address() - self.region.address()) / size_of::<[u64; WORDS_PER_PAGE]>()
+        }));
+        let words = match (&self.behind, first) {
+            (Some(behind), Some(page)) => behind.page(page),
+            _ => self.region.page(page),
+        };
         let right = [0, 1, WORDS_PER_PAGE - 1].iter().all(|word| words[*word].load(Relaxed) == content(page));
         assert!(right, "page {page} is wrong");
     }
@@ -141,6 +156,29 @@ fn everything_clean_is_installed_and_takes_memory_once() {
     let (zero, precopied) = (PAGES as u64 / 16, PAGES as u64 / 16 * 14);
     assert_eq!((counts.zero, counts.precopied, counts.demand, counts.push), (zero, precopied, 0, 0));
     assert!(moved.tree.settled_at().is_none());
+}
+
+#[test]
+fn an_area_that_was_cut_without_an_event_is_filled_across_the_cut() {
+    const PAGES: usize = 64;
+    let Some(_site) = Site::new() else { return };
+    let mut moved = Moved::new(PAGES);
+    // Between two pages that were kept together.
+    moved.cut(11);
+    let uffd = Arc::new(moved.uffd.as_fd().try_clone_to_owned().unwrap().into());
+    let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+    moved.tree.lock(0).restored(uffd);
+    installing.begin();
+    wait_all(&installing.milestones);
+    let counts = moved.tree.counts();
+    assert_eq!(
+        (counts.precopied, counts.zero),
+        (PAGES as u64 / 16 * 14, PAGES as u64 / 16),
+        "none was given up"
+    );
+    for page in clean_pages(PAGES) {
+        moved.assert_right(page);
+    }
 }
 
 #[test]
@@ -205,7 +243,7 @@ fn faults_on_what_is_kept_are_resolved_without_the_source() {
         FaultLoop::new(moved.tree.clone(), Some(Source(asked.clone())), orders, post, None, latency.clone());
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| drop(fault_loop.run()));
-        let uffd = moved.uffd.as_fd().try_clone_to_owned().unwrap();
+        let uffd = Arc::new(Uffd::from(moved.uffd.as_fd().try_clone_to_owned().unwrap()));
         commands.send(Command::Serve { family: 0, uffd });
         // Readers that come from both sides, while everything is installed.
         let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();

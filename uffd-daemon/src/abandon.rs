@@ -2,6 +2,7 @@
 //! SIGBUS, and memory that is here stays right. Nothing reads as zero that was not.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
@@ -24,13 +25,7 @@ pub fn abandon(taken: &Taken) -> io::Result<u64> {
         let deadline = Instant::now() + limits::ABANDON_PATIENCE;
         loop {
             let mut family = taken.tree.lock(space.family);
-            let children = read_events(&mut family, &space, &mut events)?;
-            let forked = children.into_iter().filter_map(|child| {
-                let uffd = std::sync::Arc::new(Uffd::from(child));
-                let space_of_child = family.forked(space.space, uffd.clone())?;
-                Some(ServedSpace { family: space.family, space: space_of_child, uffd })
-            });
-            served.extend(forked);
+            served.extend(read_events(&mut family, &space, &mut events)?);
             match poison(&mut family, &space)? {
                 (pages, true) => {
                     poisoned += pages;
@@ -56,11 +51,16 @@ fn read_events(
     family: &mut TaskFamily,
     of: &ServedSpace,
     events: &mut EventBuffer,
-) -> io::Result<Vec<std::os::fd::OwnedFd>> {
+) -> io::Result<Vec<ServedSpace>> {
     let mut children = Vec::new();
     let at = TaskAddr::containing;
     of.uffd.read(events, |event| match event {
-        Event::Fork { child } => children.push(child),
+        // At once: what the parent does from here on is not the child's.
+        Event::Fork { child } => {
+            let uffd = Arc::new(Uffd::from(child));
+            let space = family.forked(of.space, uffd.clone());
+            children.extend(space.map(|space| ServedSpace { family: of.family, space, uffd }));
+        }
         Event::Remap { from, to, len } => family.remapped(of.space, at(from), at(to), bytes_to_pages(len)),
         Event::Remove { start, end } => family.removed(of.space, at(start), at(end)),
         Event::Unmap { start, end } => family.unmapped(of.space, at(start), at(end)),
@@ -74,8 +74,14 @@ fn poison(family: &mut TaskFamily, of: &ServedSpace) -> io::Result<(u64, bool)> 
     let (task, end) = (family.task(), family.map().pages);
     let (mut poisoned, mut from) = (0, 0);
     while let Some(stretch) = family.space(of.space).and_then(|space| space.remote_in(from, end)) {
-        let bytes = pages_to_bytes(stretch.pages);
-        let pages = match of.uffd.poison(stretch.at.get(), bytes)? {
+        let mut pages = stretch.pages;
+        let mut result = of.uffd.poison(stretch.at.get(), pages_to_bytes(pages))?;
+        // It may reach from one area into the next.
+        while result == Install::Unregistered && pages > 1 {
+            pages /= 2;
+            result = of.uffd.poison(stretch.at.get(), pages_to_bytes(pages))?;
+        }
+        let pages = match result {
             Install::Done { pages } => {
                 let last = stretch.at.get() + pages_to_bytes(pages) - 1;
                 tracing::error!(%task, "poisoned {pages} pages at {:#x}-{last:#x}", stretch.at.get());

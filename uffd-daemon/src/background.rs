@@ -4,8 +4,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::limits;
-use crate::pages::Blocked;
-use crate::tree::{TaskFamily, Tree};
+use crate::pages::{Blocked, Family, Installer};
+use crate::tree::Tree;
 
 /// What came of installing a piece.
 pub enum Piece {
@@ -28,10 +28,10 @@ pub enum Piece {
 ///
 /// # Errors
 /// An errno from the kernel that is no ordinary outcome.
-pub fn install_slice(
-    tree: &Tree,
+pub fn install_slice<I: Installer>(
+    tree: &Tree<I>,
     position: usize,
-    mut install: impl FnMut(&mut TaskFamily) -> io::Result<Piece>,
+    mut install: impl FnMut(&mut Family<I>) -> io::Result<Piece>,
 ) -> io::Result<()> {
     const NAP: Duration = Duration::from_micros(100);
     const YIELDS: u32 = 50;

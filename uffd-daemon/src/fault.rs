@@ -11,7 +11,7 @@
 //! asked is asked again of the one that takes its place.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -28,10 +28,10 @@ use crate::inflight::{Asked, InFlight, Purpose, Waiter};
 use crate::journal::What;
 use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
-use crate::pages::{Arrival, Blocked, Resolution, SpaceId};
+use crate::pages::{AddressSpace, Arrival, Blocked, Family, Resolution, SpaceId};
 use crate::prefetch::Streams;
 use crate::takeover::ServedSpace;
-use crate::tree::{TaskFamily, Tree};
+use crate::tree::Tree;
 use crate::upstream::{Upstream, UpstreamError};
 
 /// Latency of faults that needed the source, in nanoseconds; shared with whoever reports.
@@ -47,18 +47,27 @@ pub fn latency_histogram() -> LatencyHistogram {
     Arc::new(Mutex::new(histogram))
 }
 
+/// Gives an address space to whoever keeps it from a daemon that dies.
+pub type Keep<I> = Box<dyn Fn(Owner, &I) + Send>;
+
+/// Has a keeper hold them.
+#[must_use]
+pub fn held_by(keeper: KeeperHandle) -> Keep<Arc<Uffd>> {
+    Box::new(move |owner, uffd| keeper.hold(owner, uffd.as_fd()))
+}
+
 /// What the loop is told while it runs.
 #[derive(Debug)]
-pub enum Command<U> {
+pub enum Command<U, I = Arc<Uffd>> {
     /// A restored task handed its userfaultfd over.
     Serve {
         /// Position of its family.
         family: usize,
         /// Its userfaultfd.
-        uffd: OwnedFd,
+        uffd: I,
     },
     /// A space that another daemon served before.
-    Adopt(ServedSpace),
+    Adopt(ServedSpace<I>),
     /// All tasks run: the background may begin.
     Running,
     /// Let go of the page source, and say so.
@@ -103,22 +112,23 @@ impl Deferred {
 }
 
 /// The fault loop of one move.
-pub struct FaultLoop<U> {
-    tree: Arc<Tree>,
+pub struct FaultLoop<U, I = Arc<Uffd>> {
+    tree: Arc<Tree<I>>,
     upstream: Option<U>,
-    served: Vec<ServedSpace>,
+    served: Vec<ServedSpace<I>>,
     in_flight: InFlight,
     /// By family.
     streams: Vec<Streams>,
     deferred: Vec<Deferred>,
     /// Faults that need nothing of the source, whose address space is changing: who was served, and where.
     unresolved: Vec<(usize, TaskAddr)>,
-    awake: Awake,
+    /// While it runs as a thread.
+    awake: Option<Awake>,
     polled: PollSet,
     events: EventBuffer,
-    commands: Mailbox<Command<U>>,
+    commands: Mailbox<Command<U, I>>,
     notices: Post<Notice>,
-    keeper: Option<KeeperHandle>,
+    keeper: Option<Keep<I>>,
     latency: LatencyHistogram,
     running: bool,
     cursor: (usize, u64),
@@ -127,19 +137,22 @@ pub struct FaultLoop<U> {
     /// Something happened that may have settled the last page.
     maybe_settled: bool,
     checked: Instant,
+    /// When this turn began.
+    now: Instant,
 }
 
-impl<U: Upstream> FaultLoop<U> {
+impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
     /// A loop that obeys `commands`; without a page source it waits for one.
     #[must_use]
     pub fn new(
-        tree: Arc<Tree>,
+        tree: Arc<Tree<I>>,
         upstream: Option<U>,
-        commands: Mailbox<Command<U>>,
+        commands: Mailbox<Command<U, I>>,
         notices: Post<Notice>,
-        keeper: Option<KeeperHandle>,
+        keeper: Option<Keep<I>>,
         latency: LatencyHistogram,
     ) -> Self {
+        let now = Instant::now();
         Self {
             streams: vec![Streams::default(); tree.len()],
             tree,
@@ -148,7 +161,7 @@ impl<U: Upstream> FaultLoop<U> {
             in_flight: InFlight::default(),
             deferred: Vec::new(),
             unresolved: Vec::new(),
-            awake: Awake::default(),
+            awake: None,
             polled: PollSet::default(),
             events: EventBuffer::default(),
             commands,
@@ -160,86 +173,38 @@ impl<U: Upstream> FaultLoop<U> {
             background_pages: 0,
             told_settled: false,
             maybe_settled: true,
-            checked: Instant::now(),
+            checked: now,
+            now,
         }
     }
 
-    /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
-    pub fn run(mut self) -> Option<U> {
-        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
-            tracing::debug!("no short time slice for the fault loop: {error}");
+    /// What is served, by position.
+    #[must_use]
+    pub fn served(&self) -> &[ServedSpace<I>] {
+        &self.served
+    }
+
+    /// Deals with what is ready at `now`; true once it was told to stop.
+    pub fn turn(&mut self, ready: Ready, has_events: impl Fn(usize) -> bool, now: Instant) -> bool {
+        self.now = now;
+        if ready.command && self.obey() {
+            return true;
         }
-        privileges::renounce();
-        let tree = self.tree.clone();
-        let _steered = tree.fault_thread.this_thread();
-        loop {
-            let ready = match self.wait() {
-                Ok(ready) => ready,
-                Err(error) => {
-                    self.notify(Notice::Broken(format!("poll failed: {error}")));
-                    return self.upstream;
-                }
-            };
-            if ready.command && self.obey() {
-                return self.upstream;
+        for position in (0..ready.served).filter(|position| has_events(*position)) {
+            if let Err(error) = self.read_events(position) {
+                self.notify(Notice::Broken(format!("read from a userfaultfd failed: {error}")));
             }
-            for position in 0..ready.uffds {
-                if !self.polled.is_ready(ready.first_uffd + position) {
-                    continue;
-                }
-                if let Err(error) = self.read_events(position) {
-                    self.notify(Notice::Broken(format!("read from a userfaultfd failed: {error}")));
-                }
-            }
-            if let Err(error) = self.exchange(ready.upstream) {
-                self.lose_upstream(&error);
-            }
-            self.retry_deferred();
-            self.look_after();
         }
+        if let Err(error) = self.exchange(ready.upstream) {
+            self.lose_upstream(&error);
+        }
+        self.retry_deferred();
+        self.look_after();
+        false
     }
 
     fn notify(&self, notice: Notice) {
         self.notices.send(notice);
-    }
-
-    /// Waits for something to do; the positions in the set are those of [`COMMANDS`], of the upstream if it has a
-    /// descriptor, and of everybody served.
-    fn wait(&mut self) -> io::Result<Ready> {
-        self.polled.clear();
-        self.polled.add(self.commands.as_fd(), false);
-        let upstream =
-            self.upstream.as_ref().and_then(|upstream| Some((upstream.fd()?, upstream.wants_write())));
-        let upstream = upstream.map(|(fd, wants_write)| self.polled.add(fd, wants_write));
-        let mut first_uffd = None;
-        for served in &self.served {
-            let position = self.polled.add(served.uffd.as_fd(), false);
-            first_uffd.get_or_insert(position);
-        }
-        let timeout = if self.has_work() {
-            Duration::ZERO
-        } else if !self.deferred.is_empty() || !self.unresolved.is_empty() {
-            Duration::from_millis(1)
-        } else {
-            let due = self.upstream.as_ref().and_then(Upstream::due);
-            let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
-            until_due.map_or(limits::LIVENESS_INTERVAL, |left| limits::LIVENESS_INTERVAL.min(left))
-        };
-        self.polled.wait(timeout)?;
-        Ok(Ready {
-            command: self.polled.is_ready(COMMANDS),
-            upstream: upstream.is_none_or(|position| self.polled.is_ready(position)),
-            first_uffd: first_uffd.unwrap_or(0),
-            uffds: self.served.len(),
-        })
-    }
-
-    /// Whether there is something to do without waiting: background reads from a source that answers at
-    /// once.
-    fn has_work(&self) -> bool {
-        let at_once = self.upstream.as_ref().is_some_and(|u| u.fd().is_none() && u.background().is_some());
-        let more = self.background_pages > 0 || self.cursor.0 < self.tree.len();
-        at_once && self.running && more
     }
 
     /// Obeys commands; true for the last.
@@ -247,7 +212,6 @@ impl<U: Upstream> FaultLoop<U> {
         for command in self.commands.empty() {
             match command {
                 Command::Serve { family, uffd } => {
-                    let uffd = Arc::new(Uffd::from(uffd));
                     let space = self.tree.lock(family).restored(uffd.clone());
                     self.served.push(ServedSpace { family, space, uffd });
                 }
@@ -309,7 +273,16 @@ impl<U: Upstream> FaultLoop<U> {
                     }
                 }
             }
-            Event::Fork { child } => children.push(child),
+            // At once: what the parent drops, unmaps or moves from here on is the child's all the same.
+            Event::Fork { child: uffd } => {
+                if let Some(child) = guard.forked(space, uffd.clone()) {
+                    if let Some(keep) = &self.keeper {
+                        keep(Owner::new(family, child.number()), &uffd);
+                    }
+                    tree.record(family, space, What::Forked { child });
+                    children.push(ServedSpace { family, space: child, uffd });
+                }
+            }
             Event::Remap { from, to, len } => {
                 let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
                 guard.remapped(space, from, to, bytes_to_pages(len));
@@ -331,9 +304,7 @@ impl<U: Upstream> FaultLoop<U> {
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
         self.maybe_settled |= guard.remote_pages() == 0;
-        for child in children {
-            self.adopt(&mut guard, family, space, child);
-        }
+        self.served.extend(children);
         if let Some(journal) = tree.journal() {
             journal.has_read();
         }
@@ -369,7 +340,10 @@ impl<U: Upstream> FaultLoop<U> {
         }
         self.publish_demand();
         if asked > 0 && self.upstream.as_ref().is_some_and(|upstream| upstream.background().is_none()) {
-            self.awake.fault(self.in_flight.demands(), now, tree.pushed_bytes.load(Ordering::Relaxed));
+            let waiting = self.in_flight.demands();
+            if let Some(awake) = &mut self.awake {
+                awake.fault(waiting, now, tree.pushed_bytes.load(Ordering::Relaxed));
+            }
         }
         if let Some(kind) = unknown {
             self.notify(Notice::Broken(format!("the kernel sent an unknown userfaultfd event {kind:#x}")));
@@ -379,19 +353,14 @@ impl<U: Upstream> FaultLoop<U> {
 
     /// Asks for what the thread that waits for page `index` will need next; where nobody pushes, the background
     /// does without: it shares its connection with the faults.
-    fn prefetch(
-        &mut self,
-        family: &mut TaskFamily,
-        position: usize,
-        index: u64,
-    ) -> Result<(), UpstreamError> {
+    fn prefetch(&mut self, family: &mut Family<I>, position: usize, index: u64) -> Result<(), UpstreamError> {
         let Some(upstream) = self.upstream.as_mut().filter(|upstream| upstream.background().is_none()) else {
             return Ok(());
         };
         let Some(ahead) = self.streams.get_mut(position).and_then(|streams| streams.fault(index)) else {
             return Ok(());
         };
-        let (task, in_flight, at) = (family.task(), &mut self.in_flight, Instant::now());
+        let (task, in_flight, at) = (family.task(), &mut self.in_flight, self.now);
         let mut result = Ok(());
         family.ask_ahead(ahead, |first, run| {
             let purpose = Purpose::Prefetch;
@@ -427,21 +396,10 @@ impl<U: Upstream> FaultLoop<U> {
         }
     }
 
-    fn adopt(&mut self, family: &mut TaskFamily, position: usize, parent: SpaceId, child: OwnedFd) {
-        let uffd = Arc::new(Uffd::from(child));
-        if let Some(space) = family.forked(parent, uffd.clone()) {
-            if let Some(keeper) = &self.keeper {
-                keeper.hold(Owner::new(position, space.number()), uffd.as_fd());
-            }
-            self.tree.record(position, parent, What::Forked { child: space });
-            self.served.push(ServedSpace { family: position, space, uffd });
-        }
-    }
-
     /// Resolves a fault that needs no content.
     fn zero(
         &mut self,
-        family: &mut TaskFamily,
+        family: &mut Family<I>,
         position: usize,
         space: SpaceId,
         at: TaskAddr,
@@ -449,12 +407,12 @@ impl<U: Upstream> FaultLoop<U> {
         let uffd = &self.served[position].uffd;
         if family.space(space).is_some_and(|space| space.remote_at(at).is_some()) {
             // A later event of the same batch moved content here: the thread reports again.
-            return uffd.wake(at.get(), PAGE_BYTES);
+            return uffd.wake(at, PAGE_BYTES);
         }
-        match uffd.zero(at.get(), PAGE_BYTES)? {
+        match uffd.zero(at, PAGE_BYTES)? {
             Install::Done { .. } => {}
             // Installed meanwhile, or no longer an area of ours: the thread looks again.
-            Install::Present | Install::Unregistered => uffd.wake(at.get(), PAGE_BYTES)?,
+            Install::Present | Install::Unregistered => uffd.wake(at, PAGE_BYTES)?,
             Install::Deferred => self.unresolved.push((position, at)),
             Install::TaskGone => drop(family.exited(space)),
         }
@@ -464,7 +422,7 @@ impl<U: Upstream> FaultLoop<U> {
     /// Resolves a fault on a page that is kept here, and then installs those behind it.
     fn install_kept(
         &mut self,
-        family: &mut TaskFamily,
+        family: &mut Family<I>,
         position: usize,
         index: u64,
         at: TaskAddr,
@@ -525,7 +483,7 @@ impl<U: Upstream> FaultLoop<U> {
                 pages: run.pages,
                 purpose: Purpose::Background,
                 waiter: None,
-                at: Instant::now(),
+                at: self.now,
             };
             let id = self.in_flight.insert(asked);
             upstream.ask(id, Purpose::Background, task, run)?;
@@ -552,7 +510,7 @@ impl<U: Upstream> FaultLoop<U> {
             let family = tree.lock(asked.family);
             if let Err((blocked, done)) = self.install(family, &asked, data) {
                 tracing::debug!(?blocked, "install deferred");
-                let deferred = Deferred { asked, data: data.to_vec(), since: Instant::now() };
+                let deferred = Deferred { asked, data: data.to_vec(), since: self.now };
                 self.deferred.push(deferred.without(done));
             }
         }
@@ -599,7 +557,7 @@ impl<U: Upstream> FaultLoop<U> {
     /// Installs an answer; `Err` if the address space cannot take it now, with how many pages were settled before.
     fn install(
         &mut self,
-        mut family: MutexGuard<'_, TaskFamily>,
+        mut family: MutexGuard<'_, Family<I>>,
         asked: &Asked,
         data: &[u8],
     ) -> Result<(), (Blocked, u64)> {
@@ -645,7 +603,7 @@ impl<U: Upstream> FaultLoop<U> {
             match self.install(tree.lock(asked.family), asked, &deferred.data) {
                 Ok(()) => {}
                 Err((Blocked::Unregistered, _))
-                    if deferred.since.elapsed() > limits::UNREGISTERED_PATIENCE =>
+                    if self.now.saturating_duration_since(deferred.since) > limits::UNREGISTERED_PATIENCE =>
                 {
                     let mut family = self.tree.lock(asked.family);
                     tracing::error!(task = %family.task(), first = asked.first, "area lost without an event");
@@ -666,7 +624,7 @@ impl<U: Upstream> FaultLoop<U> {
                 Resolution::Kept(index) => self.install_kept(&mut family, position, index, at),
                 Resolution::Ask(index) => {
                     family.not_asked(index, index + 1);
-                    self.served[position].uffd.wake(at.get(), PAGE_BYTES)
+                    self.served[position].uffd.wake(at, PAGE_BYTES)
                 }
             };
             if let Err(error) = result {
@@ -677,8 +635,8 @@ impl<U: Upstream> FaultLoop<U> {
 
     /// Notices the end of tasks and of the move.
     fn look_after(&mut self) {
-        if self.checked.elapsed() >= limits::LIVENESS_INTERVAL {
-            self.checked = Instant::now();
+        if self.now.saturating_duration_since(self.checked) >= limits::LIVENESS_INTERVAL {
+            self.checked = self.now;
             self.drop_exited();
         }
         let answered = self.in_flight.is_empty() || self.upstream.is_none();
@@ -721,15 +679,86 @@ impl<U: Upstream> FaultLoop<U> {
     }
 }
 
-/// Wakes a range; the only failures are an empty range and an address space that is gone.
-fn wake(uffd: &Uffd, at: TaskAddr, bytes: u64) {
-    let _ = uffd.wake(at.get(), bytes);
+/// The loop as a thread.
+impl<U: Upstream> FaultLoop<U> {
+    /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
+    pub fn run(mut self) -> Option<U> {
+        self.awake = Some(Awake::new());
+        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
+            tracing::debug!("no short time slice for the fault loop: {error}");
+        }
+        privileges::renounce();
+        let tree = self.tree.clone();
+        let _steered = tree.fault_thread.this_thread();
+        loop {
+            let (ready, first) = match self.wait() {
+                Ok(ready) => ready,
+                Err(error) => {
+                    self.notify(Notice::Broken(format!("poll failed: {error}")));
+                    return self.upstream;
+                }
+            };
+            let polled = std::mem::take(&mut self.polled);
+            let ended = self.turn(ready, |position| polled.is_ready(first + position), Instant::now());
+            self.polled = polled;
+            if ended {
+                return self.upstream;
+            }
+        }
+    }
+
+    /// Waits for something to do, and says where in the set the first userfaultfd is; the positions in the set are those of [`COMMANDS`], of the upstream if it has a
+    /// descriptor, and of everybody served.
+    fn wait(&mut self) -> io::Result<(Ready, usize)> {
+        self.polled.clear();
+        self.polled.add(self.commands.as_fd(), false);
+        let upstream =
+            self.upstream.as_ref().and_then(|upstream| Some((upstream.fd()?, upstream.wants_write())));
+        let upstream = upstream.map(|(fd, wants_write)| self.polled.add(fd, wants_write));
+        let mut first_uffd = None;
+        for served in &self.served {
+            let position = self.polled.add(served.uffd.as_fd(), false);
+            first_uffd.get_or_insert(position);
+        }
+        let timeout = if self.has_work() {
+            Duration::ZERO
+        } else if !self.deferred.is_empty() || !self.unresolved.is_empty() {
+            Duration::from_millis(1)
+        } else {
+            let due = self.upstream.as_ref().and_then(Upstream::due);
+            let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
+            until_due.map_or(limits::LIVENESS_INTERVAL, |left| limits::LIVENESS_INTERVAL.min(left))
+        };
+        self.polled.wait(timeout)?;
+        let ready = Ready {
+            command: self.polled.is_ready(COMMANDS),
+            upstream: upstream.is_none_or(|position| self.polled.is_ready(position)),
+            served: self.served.len(),
+        };
+        Ok((ready, first_uffd.unwrap_or(0)))
+    }
+
+    /// Whether there is something to do without waiting: background reads from a source that answers at
+    /// once.
+    fn has_work(&self) -> bool {
+        let at_once = self.upstream.as_ref().is_some_and(|u| u.fd().is_none() && u.background().is_some());
+        let more = self.background_pages > 0 || self.cursor.0 < self.tree.len();
+        at_once && self.running && more
+    }
 }
 
-struct Ready {
-    command: bool,
-    upstream: bool,
-    /// Where in the set the first userfaultfd is, and how many there are.
-    first_uffd: usize,
-    uffds: usize,
+/// Wakes a range; the only failures are an empty range and an address space that is gone.
+fn wake(space: &impl AddressSpace, at: TaskAddr, bytes: u64) {
+    let _ = space.wake(at, bytes);
+}
+
+/// What there is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Ready {
+    /// A command is there.
+    pub command: bool,
+    /// The page source can be read.
+    pub upstream: bool,
+    /// How many address spaces were looked at: the first ones that are [served](FaultLoop::served).
+    pub served: usize,
 }

@@ -26,12 +26,13 @@ use host::interrupt::Interrupt;
 use host::mailbox::{Mailbox, Post, mailbox};
 use host::waiting;
 use kernel::spawn::CommandSetup;
+use kernel::uffd::Uffd;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::criu::page_server::HeaderLayout;
 use protocol::lazy_map::LazyMap;
 use protocol::units::TaskId;
 
-use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
+use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, held_by, latency_histogram};
 use crate::handover::{HandoverSocket, ReceiveError};
 use crate::keeper::{KeeperHandle, Owner};
 use crate::latency;
@@ -348,7 +349,7 @@ impl Daemon {
             let owner = self.tree.position(task).map_or(Owner::NOBODY, |family| Owner::new(family, 0));
             self.keeper.hold(owner, uffd.as_fd());
             if let (Some(running), Some(family)) = (&running, self.tree.position(task)) {
-                running.commands.send(Command::Serve { family, uffd });
+                running.commands.send(Command::Serve { family, uffd: Arc::new(Uffd::from(uffd)) });
             }
             ControlFlow::Continue(())
         });
@@ -377,7 +378,7 @@ impl Daemon {
             Some(source),
             orders,
             self.notice_post.clone(),
-            Some(self.keeper.clone()),
+            Some(held_by(self.keeper.clone())),
             self.latency.clone(),
         );
         let thread = std::thread::Builder::new().name("fault".into()).spawn(move || fault_loop.run());

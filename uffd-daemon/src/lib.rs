@@ -7,7 +7,7 @@
 //! - [`preflight`], [`restore`], [`barrier`], [`pidns`], [`handover`]: bringing the tree up, held back
 //! - [`pages`]: which pages are where; [`tree`]: the same for a whole tree, shared between threads
 //! - [`cache`]: pages that came before the freeze, until they are installed
-//! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`]: pages that come unasked;
+//! - [`fault`], [`prefetch`], [`inflight`], [`upstream`]: from a fault to its wake; [`push`], [`intake`]: pages that come unasked;
 //!   [`background`]: how those are installed that nobody waits for
 //! - [`steering`]: where the threads of both run; [`awake`]: processors that do not go to sleep between two faults
 //! - [`keeper`]: what keeps tasks safe from a daemon that dies; [`journal`]: what it has to know of their address spaces
@@ -23,6 +23,7 @@ pub mod cli;
 pub mod fault;
 pub mod handover;
 pub mod inflight;
+pub mod intake;
 pub mod journal;
 pub mod keeper;
 pub mod latency;

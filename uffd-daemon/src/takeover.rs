@@ -14,7 +14,7 @@ use host::state_dir::StateDir;
 use kernel::uffd::Uffd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::lazy_map::LazyMap;
-use protocol::units::{ImageAddr, PageRun, TaskId};
+use protocol::units::{ImageAddr, PageRun, TaskAddr, TaskId};
 use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,7 @@ use crate::barrier;
 use crate::journal::{Change, Journal, What};
 use crate::keeper::{Info, KeeperHandle, Owner, Stranger};
 use crate::limits;
-use crate::pages::SpaceId;
+use crate::pages::{Installer, SpaceId};
 use crate::tree::Tree;
 
 /// Where keepers are found, unless the operator says otherwise.
@@ -256,13 +256,13 @@ impl std::fmt::Display for Found {
 
 /// A space with its userfaultfd.
 #[derive(Clone, Debug)]
-pub struct ServedSpace {
+pub struct ServedSpace<I = Arc<Uffd>> {
     /// Position of the family.
     pub family: usize,
     /// Which of its spaces.
     pub space: SpaceId,
     /// Its userfaultfd.
-    pub uffd: Arc<Uffd>,
+    pub uffd: I,
 }
 
 /// A move that was taken over.
@@ -283,13 +283,18 @@ pub struct Taken {
 impl Taken {
     /// Has every thread that waits for a page report again: what the daemon before this one had read is forgotten.
     pub fn wake_all(&self) {
-        for served in &self.served {
-            // The lowest address that anything is mapped at, and all that a task can have.
-            const LOWEST: u64 = 64 << 10;
-            const BEHIND: u64 = 0x7fff_ffff_f000;
-            if let Err(error) = served.uffd.wake(LOWEST, BEHIND - LOWEST) {
-                tracing::debug!("cannot wake: {error}");
-            }
+        wake_all(&self.served);
+    }
+}
+
+/// Has every thread that waits for a page of these report again.
+pub fn wake_all<I: Installer>(served: &[ServedSpace<I>]) {
+    for served in served {
+        // The lowest address that anything is mapped at, and all that a task can have.
+        const LOWEST: u64 = 64 << 10;
+        const BEHIND: u64 = 0x7fff_ffff_f000;
+        if let Err(error) = served.uffd.wake(TaskAddr::containing(LOWEST), BEHIND - LOWEST) {
+            tracing::debug!("cannot wake: {error}");
         }
     }
 }
@@ -315,14 +320,14 @@ fn wait_run(journal: &Journal, dir: &Path, held: &[(Owner, Uffd)]) -> bool {
 
 /// Does again to the address spaces what the tasks did to them. The keeper has the userfaultfds of tasks that have
 /// ended as well; a space without one cannot be served.
-fn rebuild(
-    tree: &Tree,
-    mut uffds: HashMap<(usize, u64), Arc<Uffd>>,
+pub fn rebuild<I: Installer + Clone>(
+    tree: &Tree<I>,
+    mut uffds: HashMap<(usize, u64), I>,
     changes: &[Change],
     journal: &Journal,
-) -> Vec<ServedSpace> {
+) -> Vec<ServedSpace<I>> {
     let mut served = Vec::new();
-    let mut serve = |family, space: Option<SpaceId>, uffd: Option<Arc<Uffd>>| {
+    let mut serve = |family, space: Option<SpaceId>, uffd: Option<I>| {
         served.extend(space.zip(uffd).map(|(space, uffd)| ServedSpace { family, space, uffd }));
     };
     for family in 0..tree.len() {

@@ -15,7 +15,7 @@ use protocol::wire::frame::TaskRun;
 use crate::cache::Kept;
 use crate::journal::{Change, Journal, What};
 use crate::limits;
-use crate::pages::{Family, Origin, SpaceId};
+use crate::pages::{Family, Installer, Origin, SpaceId};
 use crate::steering::Steered;
 
 /// A family whose installers are real userfaultfds.
@@ -23,9 +23,9 @@ pub type TaskFamily = Family<Arc<Uffd>>;
 
 /// What the threads of one move share.
 #[derive(Debug)]
-pub struct Tree {
+pub struct Tree<I = Arc<Uffd>> {
     map: LazyMap,
-    families: Vec<Mutex<TaskFamily>>,
+    families: Vec<Mutex<Family<I>>>,
     by_task: HashMap<TaskId, usize>,
     total: u64,
     /// Faults that were asked for and have not been answered: the push lets them pass.
@@ -50,7 +50,7 @@ pub struct Tree {
     journal: OnceLock<Journal>,
 }
 
-impl Tree {
+impl<I: Installer> Tree<I> {
     /// The tree of a checkpoint; nothing has been handed over yet.
     #[must_use]
     pub fn new(map: &LazyMap) -> Arc<Self> {
@@ -140,7 +140,7 @@ impl Tree {
     ///
     /// # Panics
     /// If `position` did not come from [`Tree::position`].
-    pub fn lock(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
+    pub fn lock(&self, position: usize) -> MutexGuard<'_, Family<I>> {
         self.urgent.fetch_add(1, Ordering::Relaxed);
         let family = self.spin(position).unwrap_or_else(|| self.lock_now(position));
         self.urgent.fetch_sub(1, Ordering::Relaxed);
@@ -148,7 +148,7 @@ impl Tree {
     }
 
     /// The push holds a family for a slice at a time, on another processor: to sleep, and to be woken, takes longer.
-    fn spin(&self, position: usize) -> Option<MutexGuard<'_, TaskFamily>> {
+    fn spin(&self, position: usize) -> Option<MutexGuard<'_, Family<I>>> {
         for _ in 0..limits::LOCK_SPINS {
             match self.families[position].try_lock() {
                 Ok(family) => return Some(family),
@@ -164,7 +164,7 @@ impl Tree {
     ///
     /// # Panics
     /// As [`Tree::lock`].
-    pub fn lock_last(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
+    pub fn lock_last(&self, position: usize) -> MutexGuard<'_, Family<I>> {
         loop {
             while self.urgent.load(Ordering::Relaxed) > 0 {
                 std::thread::yield_now();
@@ -176,7 +176,7 @@ impl Tree {
         }
     }
 
-    fn lock_now(&self, position: usize) -> MutexGuard<'_, TaskFamily> {
+    fn lock_now(&self, position: usize) -> MutexGuard<'_, Family<I>> {
         // A panic of another thread cannot leave a family half-changed in a way that loses pages: bits are
         // cleared only after a page was installed.
         self.families[position].lock().unwrap_or_else(PoisonError::into_inner)

@@ -43,7 +43,8 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     // Behind the pipes of the scratch: those of a user without rights are small once he has many.
     privileges::renounce();
     let mut buffer = vec![0; REQUESTS * RUN_HEADER_LEN];
-    let mut answers = Answers { lanes, lane, bytes: Vec::with_capacity(ANSWER_MAX), ahead: false };
+    let mut answers =
+        Answers::new(lanes, |bytes| lane.send_all(bytes, false).map_err(LaneError::io("fault")));
     let mut filled = 0;
     let allowed = Processors::allowed().ok();
     let mut home = None;
@@ -84,18 +85,27 @@ fn unexpected(kind: Kind) -> protocol::wire::codec::CodecError {
 }
 
 /// Answers that were not sent yet.
-struct Answers<'a> {
+pub struct Answers<'a, S> {
     lanes: &'a Lanes,
-    lane: &'a Stream,
+    send: S,
     bytes: Vec<u8>,
     /// The last of them was asked for ahead.
     ahead: bool,
 }
 
-impl Answers<'_> {
+impl<'a, S: FnMut(&[u8]) -> Result<(), LaneError>> Answers<'a, S> {
+    /// None yet; `send` puts them on the lane.
+    #[must_use]
+    pub fn new(lanes: &'a Lanes, send: S) -> Self {
+        Self { lanes, send, bytes: Vec::with_capacity(ANSWER_MAX), ahead: false }
+    }
+
     /// Adds the answer to one request: to a `Demand` whatever was sent before, to a `Prefetch` up to the first page
     /// that was.
-    fn add(&mut self, scratch: &mut Scratch, request: &RunFrame) -> Result<(), LaneError> {
+    ///
+    /// # Errors
+    /// [`LaneError`].
+    pub fn add(&mut self, scratch: &mut Scratch, request: &RunFrame) -> Result<(), LaneError> {
         let TaskRun { task, run } = request.what;
         let first = index_of(&self.lanes.map, &request.what)?;
         let ahead = request.kind == Kind::Prefetch;
@@ -132,13 +142,17 @@ impl Answers<'_> {
         Ok(())
     }
 
-    fn send(&mut self) -> Result<(), LaneError> {
+    /// Sends those that were added.
+    ///
+    /// # Errors
+    /// [`LaneError`].
+    pub fn send(&mut self) -> Result<(), LaneError> {
         if self.bytes.is_empty() {
             return Ok(());
         }
         // Before they are sent: the move may be over, and reported, as soon as they have arrived.
         self.lanes.fault_bytes.fetch_add(self.bytes.len() as u64, Ordering::Relaxed);
-        self.lane.send_all(&self.bytes, false).map_err(LaneError::io("fault"))?;
+        (self.send)(&self.bytes)?;
         self.bytes.clear();
         Ok(())
     }

@@ -7,10 +7,10 @@ mod push;
 mod window;
 
 pub(crate) use aside::{Aside, CALLING_THREAD};
-pub use fault::serve_faults;
+pub use fault::{Answers, serve_faults};
 pub use order::Order;
 pub(crate) use push::Throttle;
-pub use push::{Pace, acknowledgements, push};
+pub use push::{Pace, acknowledgements, push, take_acknowledgement};
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -88,7 +88,9 @@ impl Lanes {
         *self.hot.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = chunks.collect();
     }
 
-    fn take_hot(&self) -> Vec<u64> {
+    /// The chunks that are pushed first, once.
+    #[must_use]
+    pub fn take_hot(&self) -> Vec<u64> {
         std::mem::take(&mut self.hot.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
@@ -100,7 +102,8 @@ impl Lanes {
     }
 
     /// The chunk where faults were served since the last call.
-    fn take_wanted(&self) -> Option<u64> {
+    #[must_use]
+    pub fn take_wanted(&self) -> Option<u64> {
         // Mostly nothing is there, and a load leaves the line where it is.
         if self.wanted.load(Ordering::Relaxed) == 0 {
             return None;
@@ -125,7 +128,8 @@ impl Lanes {
         u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    pub(crate) fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+    /// What was sent and acknowledged, exclusively.
+    pub fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
         // Each change of the ledger is complete in itself.
         self.ledger.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

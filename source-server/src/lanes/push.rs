@@ -166,11 +166,20 @@ pub fn acknowledgements(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
         }
         body.resize(header.body_len, 0);
         lane.receive_all(&mut body).map_err(&broken)?;
-        for what in decode_ack(&body)? {
-            let first = index_of(&lanes.map, &what)?;
-            let complete = lanes.ledger().acknowledge(first, what.run.pages);
-            complete.into_iter().for_each(|chunk| lanes.store.free(chunk));
-        }
+        take_acknowledgement(lanes, &body)?;
+    }
+    Ok(())
+}
+
+/// Takes the body of an acknowledgement in, and frees the chunks that it completes.
+///
+/// # Errors
+/// [`LaneError::Malformed`], [`LaneError::NotLazy`].
+pub fn take_acknowledgement(lanes: &Lanes, body: &[u8]) -> Result<(), LaneError> {
+    for what in decode_ack(body)? {
+        let first = index_of(&lanes.map, &what)?;
+        let complete = lanes.ledger().acknowledge(first, what.run.pages);
+        complete.into_iter().for_each(|chunk| lanes.store.free(chunk));
     }
     Ok(())
 }

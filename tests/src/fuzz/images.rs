@@ -143,7 +143,7 @@ pub fn fuzz_checkpoint(data: &[u8]) {
     assert!(map.pages() <= MAX_LAZY_PAGES);
     check_map(&map);
     if map.pages() <= 1 << 16 {
-        assert_eq!(Tree::new(&map).pages(), map.pages());
+        assert_eq!(<Tree>::new(&map).pages(), map.pages());
     }
     for task in live() {
         read_pages(&top, task.id, task.pagemap.iter().map(|entry| entry.run.start));

@@ -375,9 +375,14 @@ impl<I: Installer> Family<I> {
                         self.settle(slot, stretch.first, pages, origin);
                         from = stretch.first + pages;
                     }
-                    Err(why) => {
-                        blocked = Some(why);
+                    Err(Blocked::Changing) => {
+                        blocked = Some(Blocked::Changing);
                         break;
+                    }
+                    // What lies behind it may still be ours: whoever gives up must find nothing else missing.
+                    Err(Blocked::Unregistered) => {
+                        blocked = blocked.or(Some(Blocked::Unregistered));
+                        from = stretch.first + 1;
                     }
                 }
             }
@@ -398,13 +403,21 @@ impl<I: Installer> Family<I> {
         content: Content<'_>,
     ) -> io::Result<Result<u64, Blocked>> {
         let Some(member) = self.members[slot].as_ref() else { return Ok(Ok(stretch.pages)) };
-        let installed = match content {
+        let install = |pages| match content {
             Content::Pages(data) => {
                 let offset = bytes(stretch.first - first);
-                member.installer.copy(stretch.at, &data[offset..offset + bytes(stretch.pages)])?
+                member.installer.copy(stretch.at, &data[offset..offset + bytes(pages)])
             }
-            Content::Zeros(_) => member.installer.zero(stretch.at, pages_to_bytes(stretch.pages))?,
+            Content::Zeros(_) => member.installer.zero(stretch.at, pages_to_bytes(pages)),
         };
+        let mut pages = stretch.pages;
+        let mut installed = install(pages)?;
+        // The kernel takes nothing that reaches from one area into the next, and the task may have cut one in two without
+        // an event: `mprotect`, `madvise`, `mlock`.
+        while installed == Install::Unregistered && pages > 1 {
+            pages /= 2;
+            installed = install(pages)?;
+        }
         Ok(match installed {
             Install::Done { pages } => Ok(pages),
             Install::Present => {

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use kernel::uffd::{Install, Uffd};
+use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::TaskAddr;
 
 /// Puts pages into one address space.
@@ -25,6 +25,28 @@ pub trait Installer {
     /// # Errors
     /// What is no ordinary outcome.
     fn wake(&self, at: TaskAddr, bytes: u64) -> io::Result<()>;
+}
+
+/// An address space whose events are read and whose pages are installed; clones are the same one.
+pub trait AddressSpace: Installer + Clone {
+    /// Hands each event that is there to `each`, without waiting, at most [`kernel::uffd::EVENTS_PER_READ`].
+    ///
+    /// # Errors
+    /// What is no ordinary outcome.
+    fn read(&self, buffer: &mut EventBuffer, each: impl FnMut(Event<Self>)) -> io::Result<()>;
+
+    /// Whether it is gone.
+    fn is_orphaned(&self) -> bool;
+}
+
+impl AddressSpace for Arc<Uffd> {
+    fn read(&self, buffer: &mut EventBuffer, mut each: impl FnMut(Event<Self>)) -> io::Result<()> {
+        Uffd::read(self, buffer, |event| each(event.adopt(|child| Self::new(Uffd::from(child))))).map(drop)
+    }
+
+    fn is_orphaned(&self) -> bool {
+        Uffd::is_orphaned(self)
+    }
 }
 
 impl Installer for Arc<Uffd> {

@@ -25,7 +25,7 @@ use super::precopy::Precopied;
 use super::{ByteCount, SessionConfig, StateConfig};
 use crate::barrier::Report;
 use crate::cache::{Installing, Milestone};
-use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, latency_histogram};
+use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, held_by, latency_histogram};
 use crate::handover::{HandoverSocket, ReceiveError};
 use crate::journal::Journal;
 use crate::keeper::{KeeperHandle, Owner};
@@ -152,7 +152,7 @@ impl BroughtUp {
                 Some(lane),
                 orders,
                 notice_post,
-                Some(keeper.clone()),
+                Some(held_by(keeper.clone())),
                 latency.clone(),
             );
             std::thread::Builder::new()
@@ -172,7 +172,7 @@ impl BroughtUp {
                     keeper.hold(owner, uffd.as_fd());
                     // A task without lazy pages may still fault on fresh memory.
                     if let Some(family) = tree.position(task) {
-                        commands.send(Command::Serve { family, uffd });
+                        commands.send(Command::Serve { family, uffd: Arc::new(Uffd::from(uffd)) });
                     }
                     ControlFlow::Continue(())
                 });
@@ -256,7 +256,7 @@ impl BroughtUp {
         let (commands, orders) = mailbox()?;
         let (push_post, pushed) = mailbox()?;
         let (_, handed_over) = mailbox()?;
-        let keeper = Some(taken.keeper.clone());
+        let keeper = Some(held_by(taken.keeper.clone()));
         let fault_loop: FaultLoop<FaultLane> =
             FaultLoop::new(taken.tree.clone(), None, orders, notice_post, keeper, latency.clone());
         let fault_thread =

@@ -9,7 +9,7 @@ mod session;
 
 pub use images::Images;
 pub use page_server::PageServer;
-pub use session::FaultLane;
+pub use session::{FaultLane, take_frames};
 
 use std::io;
 use std::os::fd::BorrowedFd;

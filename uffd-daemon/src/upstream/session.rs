@@ -96,7 +96,10 @@ impl Upstream for FaultLane {
 }
 
 /// Hands over every whole frame at the start of `bytes`; returns how many bytes they took.
-fn take_frames(bytes: &[u8], each: &mut dyn FnMut(Answer<'_>)) -> Result<usize, UpstreamError> {
+///
+/// # Errors
+/// [`UpstreamError::Protocol`]; answers before the error were handed over.
+pub fn take_frames(bytes: &[u8], each: &mut dyn FnMut(Answer<'_>)) -> Result<usize, UpstreamError> {
     let mut used = 0;
     while let Some(head) = bytes[used..].first_chunk::<RUN_HEADER_LEN>() {
         let frame = RunFrame::decode(head).map_err(|error| UpstreamError::Protocol(error.to_string()))?;
