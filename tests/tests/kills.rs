@@ -230,14 +230,19 @@ impl Case {
     }
 
     fn released(self, stopped: Stopped) {
+        self.survivors_say(stopped, 0, "released");
+        self.arrived();
+    }
+
+    /// Both programs end like this, except one that was killed.
+    fn survivors_say(&self, stopped: Stopped, status: i32, outcome: &str) {
         let Stopped { source, destination, .. } = stopped;
         if self.victim != Victim::Source {
-            source.wait(MOVE).assert(0, "released", &[]);
+            source.wait(MOVE).assert(status, outcome, &[]);
         }
         if self.victim != Victim::Daemon {
-            destination.wait(MOVE).assert(0, "released", &[]);
+            destination.wait(MOVE).assert(status, outcome, &[]);
         }
-        self.arrived();
     }
 
     /// All of it runs at the destination, and has never run here meanwhile.
@@ -250,13 +255,7 @@ impl Case {
     }
 
     fn rolled_back(self, stopped: Stopped) {
-        let Stopped { source, destination, .. } = stopped;
-        if self.victim != Victim::Source {
-            source.wait(MOVE).assert(1, "rolled_back", &[]);
-        }
-        if self.victim != Victim::Daemon {
-            destination.wait(MOVE).assert(1, "rolled_back", &[]);
-        }
+        self.survivors_say(stopped, 1, "rolled_back");
         self.runs_here();
     }
 

@@ -9,6 +9,7 @@ use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{TaskAddr, bytes_to_pages, pages_to_bytes};
 
 use crate::limits;
+use crate::pages::in_one_area;
 use crate::takeover::{ServedSpace, Taken};
 use crate::tree::TaskFamily;
 
@@ -74,14 +75,8 @@ fn poison(family: &mut TaskFamily, of: &ServedSpace) -> io::Result<(u64, bool)> 
     let (task, end) = (family.task(), family.map().pages);
     let (mut poisoned, mut from) = (0, 0);
     while let Some(stretch) = family.space(of.space).and_then(|space| space.remote_in(from, end)) {
-        let mut pages = stretch.pages;
-        let mut result = of.uffd.poison(stretch.at.get(), pages_to_bytes(pages))?;
-        // It may reach from one area into the next.
-        while result == Install::Unregistered && pages > 1 {
-            pages /= 2;
-            result = of.uffd.poison(stretch.at.get(), pages_to_bytes(pages))?;
-        }
-        let pages = match result {
+        let poison = |pages| of.uffd.poison(stretch.at.get(), pages_to_bytes(pages));
+        let pages = match in_one_area(stretch.pages, poison)? {
             Install::Done { pages } => {
                 let last = stretch.at.get() + pages_to_bytes(pages) - 1;
                 tracing::error!(%task, "poisoned {pages} pages at {:#x}-{last:#x}", stretch.at.get());

@@ -114,26 +114,8 @@ impl Mm {
         for (area, pages) in (0..).zip(areas) {
             mapped.extend(pages.clone().map(|page| (page, Mapping { area, registered: true })));
         }
-        Self(Arc::new(Mutex::new(State {
-            chance: chance.clone(),
-            name,
-            mapped,
-            present: BTreeMap::new(),
-            written,
-            dropping: Vec::new(),
-            pending: VecDeque::new(),
-            read: Vec::new(),
-            events: VecDeque::new(),
-            unread: BTreeMap::new(),
-            changing: 0,
-            gone: false,
-            released: false,
-            areas: areas.len() as u64,
-            generation: 0,
-            forgets_wakes: false,
-            installed: 0,
-            wrong: None,
-        })))
+        let areas = areas.len() as u64;
+        Self(Arc::new(Mutex::new(State { mapped, written, areas, ..State::new(chance.clone(), name) })))
     }
 
     /// Exclusively.
@@ -164,6 +146,30 @@ impl Mm {
 }
 
 impl State {
+    /// Without areas, and without a history.
+    const fn new(chance: Chance, name: String) -> Self {
+        Self {
+            chance,
+            name,
+            mapped: BTreeMap::new(),
+            present: BTreeMap::new(),
+            written: BTreeMap::new(),
+            dropping: Vec::new(),
+            pending: VecDeque::new(),
+            read: Vec::new(),
+            events: VecDeque::new(),
+            unread: BTreeMap::new(),
+            changing: 0,
+            gone: false,
+            released: false,
+            areas: 0,
+            generation: 0,
+            forgets_wakes: false,
+            installed: 0,
+            wrong: None,
+        }
+    }
+
     /// Notes what is wrong; the first counts.
     pub fn fail(&mut self, what: String) {
         self.wrong.get_or_insert(what);
@@ -336,24 +342,15 @@ impl State {
     /// `fork`: the child has what is present; it runs once the event was read.
     pub fn fork(&mut self, thread: usize, name: String) -> Mm {
         let child = Mm(Arc::new(Mutex::new(Self {
-            chance: self.chance.clone(),
-            name,
             mapped: self.mapped.clone(),
             present: self.present.clone(),
             written: self.written.clone(),
             dropping: self.dropping.clone(),
-            pending: VecDeque::new(),
-            read: Vec::new(),
-            events: VecDeque::new(),
-            unread: BTreeMap::new(),
-            changing: 0,
-            gone: false,
             released: self.released,
             areas: self.areas,
             generation: self.generation,
             forgets_wakes: self.forgets_wakes,
-            installed: 0,
-            wrong: None,
+            ..Self::new(self.chance.clone(), name)
         })));
         if !self.released {
             self.changing += 1;

@@ -10,7 +10,7 @@ use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, TaskId, pages_to
 use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
-use super::installer::Installer;
+use super::installer::{Installer, in_one_area};
 use super::space::{Space, Stretch};
 use crate::cache::{Content, Kept};
 use crate::prefetch::Ahead;
@@ -410,15 +410,7 @@ impl<I: Installer> Family<I> {
             }
             Content::Zeros(_) => member.installer.zero(stretch.at, pages_to_bytes(pages)),
         };
-        let mut pages = stretch.pages;
-        let mut installed = install(pages)?;
-        // The kernel takes nothing that reaches from one area into the next, and the task may have cut one in two without
-        // an event: `mprotect`, `madvise`, `mlock`.
-        while installed == Install::Unregistered && pages > 1 {
-            pages /= 2;
-            installed = install(pages)?;
-        }
-        Ok(match installed {
+        Ok(match in_one_area(stretch.pages, install)? {
             Install::Done { pages } => Ok(pages),
             Install::Present => {
                 // Nobody else installs in this space, so this is a page the task made itself.

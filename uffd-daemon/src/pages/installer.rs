@@ -27,6 +27,20 @@ pub trait Installer {
     fn wake(&self, at: TaskAddr, bytes: u64) -> io::Result<()>;
 }
 
+/// Does something to `pages` pages, or to as many from the first on as lie in its area: the kernel takes nothing that
+/// reaches from one area into the next, and the task may have cut one in two without an event (`mprotect`, `madvise`, `mlock`).
+///
+/// # Errors
+/// What `act` returns.
+pub fn in_one_area(mut pages: u64, mut act: impl FnMut(u64) -> io::Result<Install>) -> io::Result<Install> {
+    let mut done = act(pages)?;
+    while done == Install::Unregistered && pages > 1 {
+        pages /= 2;
+        done = act(pages)?;
+    }
+    Ok(done)
+}
+
 /// An address space whose events are read and whose pages are installed; clones are the same one.
 pub trait AddressSpace: Installer + Clone {
     /// Hands each event that is there to `each`, without waiting, at most [`kernel::uffd::EVENTS_PER_READ`].

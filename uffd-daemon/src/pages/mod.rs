@@ -27,5 +27,5 @@ mod installer;
 mod space;
 
 pub use family::{Arrival, Blocked, Family, Origin, Resolution, SpaceId};
-pub use installer::{AddressSpace, Installer};
+pub use installer::{AddressSpace, Installer, in_one_area};
 pub use space::Space;
