@@ -66,7 +66,7 @@ impl Tracker for Content {
     fn copied(&mut self, task: TaskId, start: ImageAddr, pages: &[u8]) {
         let hashes = self.tasks.entry(task).or_default();
         for (number, page) in (0..).zip(pages.chunks_exact(PAGE_SIZE)) {
-            hashes.set(start.add(number), Some(xxh3_128(page)));
+            hashes.set(start.add(number), xxh3_128(page));
         }
     }
 
@@ -109,10 +109,10 @@ impl Content {
             let got = memory.read_at(&mut self.room[..bytes], start.get()).unwrap_or(0) / PAGE_SIZE;
             for (number, page) in (0..).zip(self.room[..got * PAGE_SIZE].chunks_exact(PAGE_SIZE)) {
                 let (address, hash) = (start.add(number), xxh3_128(page));
-                let copied = before.get(address);
-                now.set(address, copied);
-                if copied != Some(hash) {
-                    report(runs, address, hash == self.zero);
+                // What is reported is known again when it is copied: until then nobody has it.
+                match before.get(address) == Some(hash) {
+                    true => now.set(address, hash),
+                    false => report(runs, address, hash == self.zero),
                 }
             }
             if got == 0 {
@@ -147,10 +147,10 @@ impl Hashes {
         self.0.get(&group)?[index]
     }
 
-    fn set(&mut self, address: ImageAddr, hash: Option<u128>) {
+    fn set(&mut self, address: ImageAddr, hash: u128) {
         let (group, index) = Self::place(address);
         let empty = || vec![None; usize::try_from(GROUP_PAGES).unwrap_or(0)].into_boxed_slice();
-        self.0.entry(group).or_insert_with(empty)[index] = hash;
+        self.0.entry(group).or_insert_with(empty)[index] = Some(hash);
     }
 }
 
@@ -196,12 +196,35 @@ mod tests {
     fn a_page_is_known_by_what_was_copied_of_it() {
         let mut hashes = Hashes::default();
         let page = |number: u64| ImageAddr::containing(number * PAGE_BYTES);
-        hashes.set(page(511), Some(1));
-        hashes.set(page(512), Some(2));
+        hashes.set(page(511), 1);
+        hashes.set(page(512), 2);
         assert_eq!(
             (hashes.get(page(511)), hashes.get(page(512)), hashes.get(page(513))),
             (Some(1), Some(2), None)
         );
+    }
+
+    #[test]
+    fn a_page_that_was_reported_and_not_copied_is_reported_again() {
+        let region = kernel::arena::Region::anonymous(1).unwrap();
+        let page = PageRun::new(ImageAddr::containing(region.address() as u64), 1).unwrap();
+        let memory = File::open("/proc/self/mem").unwrap();
+        let mut content = Content::default();
+        let mut scan = |word, before: &Hashes| {
+            region.page(0)[0].store(word, std::sync::atomic::Ordering::Relaxed);
+            let (mut now, mut runs) = (Hashes::default(), Vec::new());
+            content.compare(&memory, page, before, &mut now, &mut runs);
+            (!runs.is_empty(), now)
+        };
+        let mut known = Hashes::default();
+        assert!(scan(1, &known).0);
+        let mut copy = [0; PAGE_SIZE];
+        memory.read_exact_at(&mut copy, page.start.get()).unwrap();
+        known.set(page.start, xxh3_128(&copy));
+        assert!(!scan(1, &known).0);
+        let (changed, known) = scan(2, &known);
+        assert!(changed);
+        assert!(scan(1, &known).0, "it is as it was before, and nobody has it");
     }
 
     #[test]
