@@ -14,7 +14,7 @@ use protocol::criu::page_server::HeaderLayout;
 use protocol::link::{Endpoint, LinkKind, Protection};
 
 use crate::kept;
-use crate::lanes::Pace;
+use crate::lanes::{LaneCount, Pace};
 use crate::limits;
 use crate::mover::{GiveUp, MoveConfig, MoveError, Mover, StoreKind};
 use crate::page_server::{self, Pages};
@@ -113,6 +113,14 @@ struct MoveArguments {
     /// How fast the background may push: bytes per second (K, M, G), unlimited, or off
     #[arg(long, default_value = "unlimited", value_name = "RATE")]
     push_rate: Pace,
+    /// Over how many connections, and by how many threads at each end, faults are served: auto is one, and more for a
+    /// process with many threads on a host with many processors
+    #[arg(long, default_value = "auto", value_name = "N|auto")]
+    fault_lanes: LaneCount,
+    /// Over how many connections, and by how many threads at each end, the background pushes: auto is one for every
+    /// eight processors of this host, at most four
+    #[arg(long, default_value = "auto", value_name = "N|auto")]
+    push_lanes: LaneCount,
     /// How long a destination that is lost after the switchover is dialled: seconds, or never; then both sides keep
     /// what they have and the exit status is 3 [default: 45, and 30 if its host says that nobody listens]
     #[arg(long, value_name = "SECONDS")]
@@ -249,6 +257,8 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
             StoreArgument::Frozen => StoreKind::Frozen,
         },
         pace: arguments.push_rate,
+        fault_lanes: arguments.fault_lanes,
+        push_lanes: arguments.push_lanes,
         precopy_rounds: arguments.precopy_rounds,
         precopy_pace: arguments.precopy_rate,
         give_up: arguments.give_up_after.unwrap_or(GiveUp::Default),
@@ -296,6 +306,9 @@ fn run_resume(arguments: ResumeArguments) -> ExitCode {
         link: Vec::new(),
         store: StoreKind::Pipes,
         pace: arguments.push_rate,
+        // The destination has a thread for each of them.
+        fault_lanes: LaneCount::Exactly(description.lanes.0),
+        push_lanes: LaneCount::Exactly(description.lanes.1),
         precopy_rounds: Rounds::Off,
         precopy_pace: Pace::Off,
         give_up: arguments.give_up_after.unwrap_or(GiveUp::Default),

@@ -25,6 +25,7 @@ use protocol::units::{ImageAddr, PageRun, TaskId};
 use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
+use crate::lanes::LaneCounts;
 use crate::store::PipeStore;
 
 /// Where the state of moves is, unless the operator says otherwise.
@@ -52,6 +53,8 @@ pub struct Description {
     pub to: String,
     /// The options of the link, as the command line had them.
     pub link: Vec<String>,
+    /// How many fault lanes and push lanes.
+    pub lanes: (u8, u8),
     /// Root of the tree that was moved.
     pub root: u32,
     /// The directory of the process that was killed.
@@ -77,6 +80,8 @@ pub struct Session {
     pub to: String,
     /// The options of the link.
     pub link: Vec<String>,
+    /// How many fault lanes and push lanes.
+    pub lanes: LaneCounts,
     /// Root of the tree.
     pub root: u32,
     /// The process's directory for this move.
@@ -124,6 +129,7 @@ impl Holder {
             secret: of.session.1.0,
             to: of.to.clone(),
             link: of.link.clone(),
+            lanes: (of.lanes.fault, of.lanes.push),
             root: of.root,
             work_dir: of.work_dir.clone(),
             generation: 0,

@@ -82,6 +82,12 @@ pub const PRECOPY_GROWTH: (u64, u64) = (4, 16 << 20);
 pub const PRECOPY_NICENESS: i32 = 10;
 /// Pace of pre-copy by default. See docs/measuring.md.
 pub const PRECOPY_RATE: &str = "192M";
+/// Processors that there have to be for each lane of a kind: its threads at both ends, and as many for the process.
+pub const PROCESSORS_PER_LANE: usize = 8;
+/// Most lanes of a kind that nobody has asked for: a 100 Gbit/s link needs no more.
+pub const LANES_BY_DEFAULT: usize = 4;
+/// Threads that keep one fault lane busy: see docs/measuring.md.
+pub const THREADS_PER_FAULT_LANE: usize = 4;
 /// How long a destination that was lost behind the switchover is dialled, unless the operator says otherwise: long
 /// enough for a link or a switch that starts again, short enough for a script that waits for the end.
 pub const GIVE_UP_AFTER: Duration = Duration::from_secs(45);

@@ -29,7 +29,7 @@ pub struct Peer {
 #[must_use]
 pub fn new_session() -> Hello {
     let id = SESSIONS.fetch_add(1, Relaxed);
-    Hello::new(Role::Control, 0, SessionId([id; 16]), SessionSecret([id ^ 0x55; 16]))
+    Hello::new(Role::Control, SessionId([id; 16]), SessionSecret([id ^ 0x55; 16]))
 }
 
 /// An offer that this host accepts: a task that needs nothing.

@@ -1,6 +1,11 @@
 //! The fault loop: one thread that reads every userfaultfd of a move, asks for pages, and installs the
 //! answers. Nothing is handed to another thread between a fault and its wake.
 //!
+//! A session with several fault lanes has a loop for each. All serve the same address spaces; the first reads always, the
+//! others assist: they read as long as many threads wait at once, which the first one tells them. Who reads a fault asks
+//! for its page and installs it. Events are read and applied under the family's lock, so they have one order
+//! whoever reads them.
+//!
 //! ```text
 //!   poll ─▶ uffd readable ─▶ lock family, read events, decide ─▶ zero page | kept here: install, wake | ask
 //!      └──▶ answer there ──▶ lock family, install, wake
@@ -29,7 +34,6 @@ use crate::journal::What;
 use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
 use crate::pages::{AddressSpace, Arrival, Blocked, Family, Resolution, SpaceId};
-use crate::prefetch::Streams;
 use crate::takeover::ServedSpace;
 use crate::tree::Tree;
 use crate::upstream::{Upstream, UpstreamError};
@@ -68,6 +72,10 @@ pub enum Command<U, I = Arc<Uffd>> {
     },
     /// A space that another daemon served before.
     Adopt(ServedSpace<I>),
+    /// Another loop assists this one, the first: it is told of every space.
+    Join(Post<Command<U, I>>),
+    /// Many threads wait: assist.
+    Assist,
     /// All tasks run: the background may begin.
     Running,
     /// Let go of the page source, and say so.
@@ -116,9 +124,15 @@ pub struct FaultLoop<U, I = Arc<Uffd>> {
     tree: Arc<Tree<I>>,
     upstream: Option<U>,
     served: Vec<ServedSpace<I>>,
+    /// Which loop of the session it is; the first is number 0.
+    number: usize,
+    /// Those that assist the first loop; of one of them, the first.
+    others: Vec<Post<Command<U, I>>>,
+    /// Until when it reads, if it assists; when the others were last told to, if it is the first.
+    assists_until: Instant,
     in_flight: InFlight,
-    /// By family.
-    streams: Vec<Streams>,
+    /// How many of its faults count in what the push lets pass.
+    published: u32,
     deferred: Vec<Deferred>,
     /// Faults that need nothing of the source, whose address space is changing: who was served, and where.
     unresolved: Vec<(usize, TaskAddr)>,
@@ -154,11 +168,14 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
     ) -> Self {
         let now = Instant::now();
         Self {
-            streams: vec![Streams::default(); tree.len()],
             tree,
             upstream,
             served: Vec::new(),
+            number: 0,
+            others: Vec::new(),
+            assists_until: now,
             in_flight: InFlight::default(),
+            published: 0,
             deferred: Vec::new(),
             unresolved: Vec::new(),
             awake: None,
@@ -176,6 +193,13 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             checked: now,
             now,
         }
+    }
+
+    /// Makes it number `number` of its session, which assists the `first`.
+    #[must_use]
+    pub fn assisting(mut self, number: usize, first: Post<Command<U, I>>) -> Self {
+        (self.number, self.others) = (number, vec![first]);
+        self
     }
 
     /// What is served, by position.
@@ -213,9 +237,14 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             match command {
                 Command::Serve { family, uffd } => {
                     let space = self.tree.lock(family).restored(uffd.clone());
-                    self.served.push(ServedSpace { family, space, uffd });
+                    self.serve(ServedSpace { family, space, uffd });
                 }
-                Command::Adopt(space) => self.served.push(space),
+                Command::Adopt(space) => self.adopt(space),
+                Command::Join(other) => {
+                    self.served.iter().cloned().for_each(|space| other.send(Command::Adopt(space)));
+                    self.others.push(other);
+                }
+                Command::Assist => self.assists_until = self.now + limits::ASSISTANCE,
                 Command::Running => (self.running, self.maybe_settled) = (true, true),
                 Command::Detach => {
                     self.upstream = None;
@@ -227,6 +256,38 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             }
         }
         false
+    }
+
+    /// Serves a space that no other loop knows yet.
+    fn serve(&mut self, space: ServedSpace<I>) {
+        for other in &self.others {
+            other.send(Command::Adopt(space.clone()));
+        }
+        self.served.push(space);
+    }
+
+    /// Serves a space that another one knows: the first loop tells all others.
+    fn adopt(&mut self, space: ServedSpace<I>) {
+        let known = |served: &ServedSpace<I>| (served.family, served.space) == (space.family, space.space);
+        match self.served.iter().any(known) {
+            true => {}
+            false if self.number == 0 => self.serve(space),
+            false => self.served.push(space),
+        }
+    }
+
+    /// After faults were read: has the others read as well if many wait.
+    fn seek_assistance(&mut self) {
+        if self.number > 0 {
+            self.assists_until = self.now + limits::ASSISTANCE;
+        } else if !self.others.is_empty()
+            && self.now >= self.assists_until
+            && self.tree.demand_outstanding.load(Ordering::Relaxed) >= limits::CROWD
+        {
+            // Half of it: they go on without a pause as long as there is a crowd.
+            self.assists_until = self.now + limits::ASSISTANCE / 2;
+            self.others.iter().for_each(|other| other.send(Command::Assist));
+        }
     }
 
     fn read_events(&mut self, position: usize) -> io::Result<()> {
@@ -247,7 +308,7 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         let mut local = 0;
         let mut unknown = None;
         if let Some(journal) = tree.journal() {
-            journal.reads(family);
+            journal.reads(self.number, family);
         }
         uffd.read(&mut self.events, |event| match event {
             Event::Fault { address } => {
@@ -304,9 +365,9 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
         self.maybe_settled |= guard.remote_pages() == 0;
-        self.served.extend(children);
+        children.into_iter().for_each(|child| self.serve(child));
         if let Some(journal) = tree.journal() {
-            journal.has_read();
+            journal.has_read(self.number);
         }
         for at in &zeroes[..zeroed] {
             // A page of a fork's copy or one that changed hands within this batch is looked at again.
@@ -339,6 +400,9 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             return Ok(());
         }
         self.publish_demand();
+        if asked > 0 {
+            self.seek_assistance();
+        }
         if asked > 0 && self.upstream.as_ref().is_some_and(|upstream| upstream.background().is_none()) {
             let waiting = self.in_flight.demands();
             if let Some(awake) = &mut self.awake {
@@ -357,9 +421,7 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         let Some(upstream) = self.upstream.as_mut().filter(|upstream| upstream.background().is_none()) else {
             return Ok(());
         };
-        let Some(ahead) = self.streams.get_mut(position).and_then(|streams| streams.fault(index)) else {
-            return Ok(());
-        };
+        let Some(ahead) = family.expects(index) else { return Ok(()) };
         let (task, in_flight, at) = (family.task(), &mut self.in_flight, self.now);
         let mut result = Ok(());
         family.ask_ahead(ahead, |first, run| {
@@ -373,9 +435,12 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
     }
 
     /// What the push lets pass: nothing, while nobody can answer.
-    fn publish_demand(&self) {
+    fn publish_demand(&mut self) {
         let demands = if self.upstream.is_some() { self.in_flight.demands() } else { 0 };
-        self.tree.demand_outstanding.store(demands, Ordering::Relaxed);
+        let before = std::mem::replace(&mut self.published, demands);
+        if demands != before {
+            self.tree.demand_outstanding.fetch_add(demands.wrapping_sub(before), Ordering::Relaxed);
+        }
     }
 
     /// Asks another page source everything that has not been answered.
@@ -683,13 +748,14 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
 impl<U: Upstream> FaultLoop<U> {
     /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
     pub fn run(mut self) -> Option<U> {
-        self.awake = Some(Awake::new());
+        self.awake = (self.number == 0).then(Awake::new);
         if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
             tracing::debug!("no short time slice for the fault loop: {error}");
         }
         privileges::renounce();
         let tree = self.tree.clone();
-        let _steered = tree.fault_thread.this_thread();
+        // The others are there for what the first one's processor cannot do.
+        let _steered = (self.number == 0).then(|| tree.fault_thread.this_thread());
         loop {
             let (ready, first) = match self.wait() {
                 Ok(ready) => ready,
@@ -716,7 +782,9 @@ impl<U: Upstream> FaultLoop<U> {
             self.upstream.as_ref().and_then(|upstream| Some((upstream.fd()?, upstream.wants_write())));
         let upstream = upstream.map(|(fd, wants_write)| self.polled.add(fd, wants_write));
         let mut first_uffd = None;
-        for served in &self.served {
+        let reads = self.number == 0 || Instant::now() < self.assists_until;
+        let served = if reads { self.served.len() } else { 0 };
+        for served in &self.served[..served] {
             let position = self.polled.add(served.uffd.as_fd(), false);
             first_uffd.get_or_insert(position);
         }
@@ -733,7 +801,7 @@ impl<U: Upstream> FaultLoop<U> {
         let ready = Ready {
             command: self.polled.is_ready(COMMANDS),
             upstream: upstream.is_none_or(|position| self.polled.is_ready(position)),
-            served: self.served.len(),
+            served,
         };
         Ok((ready, first_uffd.unwrap_or(0)))
     }

@@ -6,9 +6,9 @@
 //!        2   changes recorded
 //!        3   changes that found no room
 //!        4   1: the barrier is lifted, the tasks may run; 2: they have
-//!        5   family whose events are being read, and one more; 0: none
-//!        6   since when the link is lost, in seconds since 1970; 0: it is not
-//!        7   for how many seconds it is waited for, and one more; 0: for ever
+//!        5   since when the link is lost, in seconds since 1970; 0: it is not
+//!        6   for how many seconds it is waited for, and one more; 0: for ever
+//!     8-15   of each fault loop: the family whose events it is reading, and one more; 0: none
 //! ```
 //!
 //! Writing is a few stores into a mapping, without a system call. A page that is installed and not yet acknowledged is
@@ -18,25 +18,27 @@
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kernel::arena::{Region, WORDS_PER_PAGE};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use protocol::bitmap::Bitmap;
 use protocol::units::TaskAddr;
+use protocol::wire::limits::LANES_MAX;
 
 use crate::limits;
 use crate::pages::SpaceId;
 
-const MAGIC: u64 = 0x6a6f_7572_6e61_6c31;
+const MAGIC: u64 = 0x6a6f_7572_6e61_6c32;
 const PAGES: usize = 1;
 const RECORDED: usize = 2;
 const REFUSED: usize = 3;
 const RUNNING: usize = 4;
-const READING: usize = 5;
-const PAUSED: usize = 6;
-const PATIENCE: usize = 7;
-const HEADER_WORDS: usize = 8;
+const PAUSED: usize = 5;
+const PATIENCE: usize = 6;
+const READING: usize = 8;
+const HEADER_WORDS: usize = READING + LANES_MAX as usize;
 const CHANGE_WORDS: usize = 5;
 
 /// A change of an address space, in the order of the kernel's events.
@@ -89,6 +91,8 @@ pub struct Journal {
     pages: u64,
     changes_at: usize,
     room: usize,
+    /// Held by who records a change: loops read the events of different families at the same time.
+    recording: Mutex<()>,
 }
 
 impl std::fmt::Debug for Journal {
@@ -129,6 +133,7 @@ impl Journal {
             pages,
             changes_at: HEADER_WORDS + bitmap_words(pages),
             room: limits::JOURNAL_CHANGES,
+            recording: Mutex::new(()),
         })
     }
 
@@ -181,24 +186,27 @@ impl Journal {
         Some((since.elapsed().unwrap_or_default(), limit))
     }
 
-    /// Events of a family are about to be read: until [`Journal::has_read`] some may be known to nobody else.
-    pub fn reads(&self, family: usize) {
-        self.word(READING).store(family as u64 + 1, Ordering::Release);
+    /// Events of a family are about to be read by a fault loop: until [`Journal::has_read`] some may be known to nobody
+    /// else.
+    pub fn reads(&self, reader: usize, family: usize) {
+        self.word(READING + reader).store(family as u64 + 1, Ordering::Release);
     }
 
-    /// Everything that was read is recorded.
-    pub fn has_read(&self) {
-        self.word(READING).store(0, Ordering::Release);
+    /// Everything that the loop has read is recorded.
+    pub fn has_read(&self, reader: usize) {
+        self.word(READING + reader).store(0, Ordering::Release);
     }
 
-    /// The family whose events were read by a process that ended before it recorded them.
+    /// The families whose events were read by a process that ended before it recorded them.
     #[must_use]
-    pub fn half_read(&self) -> Option<usize> {
-        usize::try_from(self.word(READING).load(Ordering::Acquire)).ok()?.checked_sub(1)
+    pub fn half_read(&self) -> Vec<usize> {
+        let words = (READING..HEADER_WORDS).map(|word| self.word(word).load(Ordering::Acquire));
+        words.filter_map(|word| usize::try_from(word).ok()?.checked_sub(1)).collect()
     }
 
     /// Records a change.
     pub fn record(&self, change: Change) {
+        let _recording = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.word(RECORDED).load(Ordering::Relaxed);
         let at = usize::try_from(count).unwrap_or(usize::MAX);
         if at >= self.room {
@@ -311,18 +319,19 @@ mod tests {
     #[test]
     fn what_was_recorded_is_found_by_another() {
         let (journal, file) = Journal::create(200).unwrap();
-        assert!(!journal.is_running() && journal.half_read().is_none());
+        assert!(!journal.is_running() && journal.half_read().is_empty());
         journal.set_running();
         (0..100).for_each(|number| journal.record(change(number)));
         for (first, pages) in [(0, 1), (60, 10), (130, 64), (199, 5)] {
             journal.acknowledges(first, pages);
         }
-        journal.reads(0);
+        journal.reads(0, 0);
+        journal.reads(usize::from(LANES_MAX) - 1, 3);
         let other = Journal::open(&file, 200).unwrap();
         assert!(other.is_running());
-        assert_eq!(other.half_read(), Some(0));
-        journal.has_read();
-        assert_eq!(other.half_read(), None);
+        assert_eq!(other.half_read(), [0, 3]);
+        journal.has_read(0);
+        assert_eq!(other.half_read(), [3]);
         assert_eq!(other.changes().unwrap(), (0..100).map(change).collect::<Vec<_>>());
         let mut acknowledged = Bitmap::clear(200);
         for (first, end) in [(0, 1), (60, 70), (130, 194), (199, 200)] {

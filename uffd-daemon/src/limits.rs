@@ -2,12 +2,18 @@
 
 use std::time::Duration;
 
+use protocol::wire::limits::LANES_MAX;
+
 /// Sessions at once; each needs threads, a CRIU and memory of its own.
 pub const SESSIONS_MAX: usize = 64;
 /// Connections that have not said hello yet.
 pub const STRANGERS_MAX: usize = 64;
-/// Connections that wait for a session to take them: those of four attempts.
-pub const ARRIVALS_MAX: usize = 12;
+/// Connections that wait for a session to take them: those of four attempts, each with as many lanes as there may be.
+pub const ARRIVALS_MAX: usize = 4 * (1 + 2 * LANES_MAX as usize);
+/// Faults that wait at once for which a session's further fault loops read as well.
+pub const CROWD: u32 = 4;
+/// How long they go on when they have found none.
+pub const ASSISTANCE: Duration = Duration::from_millis(4);
 /// How long it is waited for at most once every page is here: it only has to hear so.
 pub const WHOLE_PATIENCE: Duration = Duration::from_secs(60);
 /// Changes of address spaces that the journal of a move has room for: 64 MiB, if all of it is used. A task that

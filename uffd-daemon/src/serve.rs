@@ -255,7 +255,7 @@ impl Context {
         let (lost, _) = UnixStream::pair().map_err(|error| error.to_string())?;
         let control = ControlChannel::new(Stream::Unix(lost)).map_err(|error| error.to_string())?;
         lock(&self.registry).insert(id, Entry { secret, door });
-        let hello = Hello::new(Role::Control, 0, id, secret);
+        let hello = Hello::new(Role::Control, id, secret);
         let session = Session::new(self.session.clone(), &hello, control, arrivals, self.stopped.clone());
         let missing = taken.tree.remote_pages();
         tracing::warn!(session = %id, missing, "taken over from a daemon that has ended");

@@ -3,9 +3,9 @@
 //! A userfaultfd of CRIU does not tell which thread faulted: a thread of its own looks in /proc now and then.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use host::placement::{self, Processors};
@@ -13,38 +13,42 @@ use host::placement::{self, Processors};
 use crate::limits;
 use crate::tree::Tree;
 
-/// A thread to steer, once it is known who it is.
+/// Threads to steer, those that are known.
 #[derive(Debug, Default)]
-pub struct Steered(AtomicI32);
+pub struct Steered(Mutex<Vec<i32>>);
 
 impl Steered {
-    /// The calling thread is the one, until what this returns is dropped.
+    /// The calling thread is one, until what this returns is dropped.
     #[must_use]
     pub fn this_thread(&self) -> impl Drop {
         self.thread(placement::this_thread())
     }
 
-    /// This thread is the one, until what this returns is dropped.
+    /// This thread is one, until what this returns is dropped.
     #[must_use]
     pub fn thread(&self, id: i32) -> impl Drop {
-        self.0.store(id, Ordering::Relaxed);
-        Here(self)
+        self.threads().push(id);
+        Here(self, id)
     }
 
     fn keep(&self, to: Processors) {
-        match self.0.load(Ordering::Relaxed) {
-            0 => {}
+        for thread in self.threads().iter() {
             // It may end right now.
-            thread => drop(to.keep(thread)),
+            let _ = to.keep(*thread);
         }
+    }
+
+    fn threads(&self) -> MutexGuard<'_, Vec<i32>> {
+        // One more or less is whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-struct Here<'a>(&'a Steered);
+struct Here<'a>(&'a Steered, i32);
 
 impl Drop for Here<'_> {
     fn drop(&mut self) {
-        self.0.0.store(0, Ordering::Relaxed);
+        self.0.threads().retain(|thread| *thread != self.1);
     }
 }
 

@@ -215,7 +215,7 @@ impl Found {
         let tree = Tree::new(&map);
         let half_read = journal.half_read();
         let served = rebuild(&tree, spaces, &changes, &journal);
-        if let Some(task) = half_read.and_then(|family| map.tasks().get(family)) {
+        for task in half_read.into_iter().filter_map(|family| map.tasks().get(family)) {
             tracing::error!(
                 task = %task.id,
                 "the daemon before this one was killed between reading an event of this task and recording it: memory that \

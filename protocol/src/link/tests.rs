@@ -8,7 +8,7 @@ use super::*;
 use crate::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret};
 
 fn hello() -> Hello {
-    Hello::new(Role::Fault, 0, SessionId([7; 16]), SessionSecret([9; 16]))
+    Hello::new(Role::Fault, SessionId([7; 16]), SessionSecret([9; 16]))
 }
 
 fn tls(credentials: Credentials) -> Protection {

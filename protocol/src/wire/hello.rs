@@ -5,7 +5,7 @@
 //!  4  u16  lowest version spoken                      4  u16  version chosen, 0 if refused
 //!  6  u16  highest version spoken                     6  u16  0 accepted, else a refusal code
 //!  8  u8   role: 1 control, 2 fault, 3 push           8  u64  0
-//!  9  u8   lane number within the role
+//!  9  u8   low 4 bits: lane number within the role; high 4: how many lanes it has there, less one
 //! 10  u16  0: opens a session; else resumes it, for the n-th time
 //! 12  u32  page size in bytes
 //! 16  16   session id
@@ -15,7 +15,8 @@
 //! The control connection opens the session with an id and a secret that its dialler made; lanes of the
 //! same session repeat both. So nobody who has not seen the control connection's bytes can join a session. When a
 //! connection is lost behind the switchover, the dialler makes all of them anew, with a higher attempt: connections
-//! of different attempts are never mixed.
+//! of different attempts are never mixed. A session has one control connection, and as many fault and push lanes as
+//! its dialler makes; more than one of a role needs version 3.
 
 use subtle::ConstantTimeEq;
 
@@ -92,8 +93,10 @@ impl std::fmt::Debug for SessionSecret {
 pub struct Hello {
     /// What the connection is for.
     pub role: Role,
-    /// Lane number within the role.
+    /// Lane number within the role, from 0.
     pub lane: u8,
+    /// How many lanes the session has in this role, from 1 to [`limits::LANES_MAX`].
+    pub lanes: u8,
     /// 0 for the connections that a session begins with; all that replace them have another number.
     pub attempt: u16,
     /// The session it opens (control) or joins.
@@ -176,13 +179,21 @@ pub enum HelloError {
 }
 
 impl Hello {
-    /// A hello of this build.
+    /// A hello of this build, for the only connection of its role.
     #[must_use]
-    pub const fn new(role: Role, lane: u8, session: SessionId, secret: SessionSecret) -> Self {
+    pub const fn new(role: Role, session: SessionId, secret: SessionSecret) -> Self {
         #[allow(clippy::cast_possible_truncation)]
         let page_size = PAGE_SIZE as u32;
         let versions = (limits::VERSION_MIN, limits::VERSION_MAX);
-        Self { role, lane, attempt: 0, session, secret, versions, page_size }
+        Self { role, lane: 0, lanes: 1, attempt: 0, session, secret, versions, page_size }
+    }
+
+    /// The hello of lane `lane` of `lanes` of its role.
+    #[must_use]
+    pub const fn of_lane(self, lane: u8, lanes: u8) -> Self {
+        // Before that, a second lane of a role took the place of the first.
+        let lowest = if lanes > 1 { limits::VERSION_OF_LANES } else { self.versions.0 };
+        Self { lane, lanes, versions: (lowest, self.versions.1), ..self }
     }
 
     /// Whether it replaces a connection that was lost.
@@ -199,7 +210,7 @@ impl Hello {
             .u16(self.versions.0)
             .u16(self.versions.1)
             .u8(self.role.number())
-            .u8(self.lane)
+            .u8(self.lane | self.lanes.wrapping_sub(1) << 4)
             .u16(self.attempt)
             .u32(self.page_size)
             .bytes(&self.session.0)
@@ -223,12 +234,16 @@ impl Hello {
         let number = fields.u8("role")?;
         let role = Role::from_number(number)
             .ok_or(CodecError::Meaning { field: "role", value: u64::from(number) })?;
-        let lane = fields.u8("lane")?;
+        let lanes = fields.u8("lane")?;
+        let (lane, lanes) = (lanes & 15, (lanes >> 4) + 1);
+        if lane >= lanes || lanes > limits::LANES_MAX || role == Role::Control && lanes > 1 {
+            return Err(CodecError::Meaning { field: "lane", value: u64::from(lane) }.into());
+        }
         let attempt = fields.u16("attempt")?;
         let page_size = fields.u32("page size")?;
         let session = SessionId(fields.array("session")?);
         let secret = SessionSecret(fields.array("secret")?);
-        Ok(Self { role, lane, attempt, session, secret, versions, page_size })
+        Ok(Self { role, lane, lanes, attempt, session, secret, versions, page_size })
     }
 
     /// The version both speak.
@@ -295,7 +310,7 @@ mod tests {
     use super::*;
 
     fn hello() -> Hello {
-        Hello::new(Role::Push, 3, SessionId([7; 16]), SessionSecret([9; 16]))
+        Hello::new(Role::Push, SessionId([7; 16]), SessionSecret([9; 16])).of_lane(3, 4)
     }
 
     #[test]
@@ -305,6 +320,12 @@ mod tests {
         assert_eq!(Hello::decode(&again.encode()).unwrap(), again);
         assert!(again.resumes() && !hello().resumes());
         assert_eq!(hello().negotiate(), Ok(limits::VERSION_MAX));
+        let only = Hello::new(Role::Push, SessionId([7; 16]), SessionSecret([9; 16]));
+        assert_eq!(
+            (only.encode()[9], only.versions.0),
+            (0, limits::VERSION_MIN),
+            "as before there were several"
+        );
         assert_eq!(decode_reply(&encode_reply(Ok(limits::VERSION_MAX))).unwrap(), limits::VERSION_MAX);
     }
 
@@ -316,6 +337,11 @@ mod tests {
         let mut bytes = hello().encode();
         bytes[8] = 9;
         assert!(matches!(Hello::decode(&bytes), Err(HelloError::Malformed(_))));
+        for (role, lanes) in [(Role::Push, 0x34), (Role::Push, 0xf0), (Role::Control, 0x10)] {
+            let mut bytes = hello().encode();
+            (bytes[8], bytes[9]) = (role.number(), lanes);
+            assert!(matches!(Hello::decode(&bytes), Err(HelloError::Malformed(_))), "{lanes:#x}");
+        }
         let newer = Hello { versions: (limits::VERSION_MAX + 1, limits::VERSION_MAX + 1), ..hello() };
         assert_eq!(newer.negotiate(), Err(Refusal::Version));
         let large = Hello { page_size: 65536, ..hello() };

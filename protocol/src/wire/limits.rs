@@ -5,7 +5,11 @@ use std::time::Duration;
 /// Protocol versions this build speaks.
 pub const VERSION_MIN: u16 = 2;
 /// See [`VERSION_MIN`].
-pub const VERSION_MAX: u16 = 2;
+pub const VERSION_MAX: u16 = 3;
+/// Since when a session may have more than one lane of a role.
+pub const VERSION_OF_LANES: u16 = 3;
+/// Most fault lanes and most push lanes of a session: a thread each at both ends.
+pub const LANES_MAX: u8 = 8;
 
 /// Largest body of a control frame: a chunk of an image file and its name fit.
 pub const CONTROL_BODY_MAX: usize = 1 << 20;

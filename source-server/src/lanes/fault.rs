@@ -28,13 +28,6 @@ const ANSWER_MAX: usize =
 /// # Errors
 /// [`LaneError`]; [`LaneError::Closed`] is how a lane ends.
 pub fn serve_faults(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
-    let ended = serve(lanes, lane);
-    // The push must not wait for a fault of a lane that has ended.
-    lanes.fault_served.store(false, Ordering::Relaxed);
-    ended
-}
-
-fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
     let broken = LaneError::io("fault");
     if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
         tracing::debug!("no short time slice for the fault lane: {error}");
@@ -54,7 +47,7 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             return Err(LaneError::Closed("fault"));
         }
         filled += got;
-        lanes.fault_served.store(true, Ordering::Relaxed);
+        let served = Served::begin(lanes);
         let mut used = 0;
         while let Some(head) = buffer[used..filled].first_chunk::<RUN_HEADER_LEN>() {
             let frame = RunFrame::decode(head)?;
@@ -65,7 +58,7 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
             used += RUN_HEADER_LEN;
         }
         answers.send()?;
-        lanes.fault_served.store(false, Ordering::Relaxed);
+        drop(served);
         // Where the requests arrive: the next one need not wake another processor.
         if let (Some(allowed), Some(cpu)) = (allowed, lane.incoming_processor()) {
             lanes.note_served(cpu);
@@ -77,6 +70,22 @@ fn serve(lanes: &Lanes, lane: &Stream) -> Result<(), LaneError> {
         }
         buffer.copy_within(used..filled, 0);
         filled -= used;
+    }
+}
+
+/// Faults are being served, until it is dropped: the push must not wait for those of a lane that has ended.
+struct Served<'a>(&'a Lanes);
+
+impl<'a> Served<'a> {
+    fn begin(lanes: &'a Lanes) -> Self {
+        lanes.faults_served.fetch_add(1, Ordering::Relaxed);
+        Self(lanes)
+    }
+}
+
+impl Drop for Served<'_> {
+    fn drop(&mut self) {
+        self.0.faults_served.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -1,16 +1,18 @@
-//! The source's end of a session's lanes: one thread each.
+//! The source's end of a session's lanes: a thread for each fault lane, two for each push lane.
 
 mod aside;
+mod counts;
 mod fault;
 mod order;
 mod push;
 mod window;
 
 pub(crate) use aside::{Aside, CALLING_THREAD};
+pub use counts::{LaneCount, LaneCounts};
 pub use fault::{Answers, serve_faults};
 pub use order::Order;
 pub(crate) use push::Throttle;
-pub use push::{Pace, acknowledgements, push, take_acknowledgement};
+pub use push::{Pace, Pushing, acknowledgements, push, take_acknowledgement};
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -31,8 +33,8 @@ pub struct Lanes {
     pub store: Arc<dyn PageStore>,
     /// What was sent and acknowledged.
     pub ledger: Mutex<Ledger>,
-    /// A fault is being served: the push lets it pass.
-    pub fault_served: AtomicBool,
+    /// Fault lanes on which faults are being served: the push lets them pass.
+    pub faults_served: AtomicUsize,
     /// Chunks that are pushed first.
     hot: Mutex<Vec<u64>>,
     /// The chunk of the last fault, and one more; zero once the push has taken note.
@@ -58,7 +60,7 @@ impl Lanes {
             map,
             store,
             ledger,
-            fault_served: AtomicBool::new(false),
+            faults_served: AtomicUsize::new(0),
             hot: Mutex::default(),
             wanted: AtomicU64::new(0),
             served_on: AtomicUsize::new(usize::MAX),

@@ -1,8 +1,10 @@
-//! Unasked pages out, acknowledgements in: a thread for each direction of a push lane.
+//! Unasked pages out, acknowledgements in: a thread for each direction of a push lane. Several lanes share one order
+//! and one pace; each takes the next chunk when it has sent the one before.
 
 use std::os::fd::AsFd;
 use std::str::FromStr;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use host::{privileges, waiting};
@@ -53,29 +55,54 @@ impl FromStr for Pace {
     }
 }
 
+/// What the push lanes of a session share.
+#[derive(Debug)]
+pub struct Pushing {
+    order: Mutex<Order>,
+    /// Who waits for the pace holds it: nobody else may send either.
+    throttle: Mutex<Throttle>,
+}
+
+impl Pushing {
+    /// Of everything that `lanes` holds.
+    #[must_use]
+    pub fn new(lanes: &Lanes, pace: Pace) -> Self {
+        let order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
+        Self { order: Mutex::new(order), throttle: Mutex::new(Throttle::new(pace)) }
+    }
+
+    fn next(&self, lanes: &Lanes) -> Option<u64> {
+        // An order is whole between any two calls.
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        order.next(lanes.take_wanted(), lanes.store.chunks_at_hand())
+    }
+
+    fn throttle(&self) -> MutexGuard<'_, Throttle> {
+        self.throttle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Pushes every page that nobody has sent yet, chunk by chunk, once, going on from where the last fault was.
 ///
 /// # Errors
 /// [`LaneError`].
-pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
-    if pace == Pace::Off {
+pub fn push(lanes: &Lanes, lane: &Stream, pushing: &Pushing) -> Result<(), LaneError> {
+    if pushing.throttle().pace == Pace::Off {
         return Ok(());
     }
     let_others_pass();
     let mut scratch = Scratch::new(lanes.store.chunk_pages()).map_err(LaneError::io("push"))?;
     privileges::renounce_but_buffers();
-    let mut order = Order::hot_first(lanes.ledger().chunks(), lanes.take_hot());
     let mut window = Window::default();
     let mut runs = Vec::new();
     let mut id = 0;
-    let mut throttle = Throttle::new(pace);
     let mut aside = Aside::new();
-    while let Some(chunk) = order.next(lanes.take_wanted(), lanes.store.chunks_at_hand()) {
+    while let Some(chunk) = pushing.next(lanes) {
         if lanes.stop.load(Ordering::Relaxed) {
             return Ok(());
         }
         aside.follow(lanes, lane.pump_thread().into_iter().chain([CALLING_THREAD]));
-        while lanes.fault_served.load(Ordering::Relaxed) {
+        while lanes.faults_served.load(Ordering::Relaxed) > 0 {
             std::thread::yield_now();
         }
         lanes.ledger().take_unsent(&lanes.map, chunk, PUSH_FRAME_PAGES, &mut runs);
@@ -90,7 +117,7 @@ pub fn push(lanes: &Lanes, lane: &Stream, pace: Pace) -> Result<(), LaneError> {
             lanes.push_bytes.fetch_sub(bytes, Ordering::Relaxed);
         }
         id += runs.len() as u64;
-        throttle.spent(bytes, &lanes.stop);
+        pushing.throttle().spent(bytes, &lanes.stop);
         window.follow(lane);
     }
     Ok(())

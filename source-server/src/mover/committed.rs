@@ -17,7 +17,7 @@ use super::frozen::{Answer, Commit, Frozen, Notice, Serving, Tasks, error_event,
 use super::session::{Next, Session};
 use super::{MoveError, Mover};
 use crate::kept::Holder;
-use crate::lanes::{Aside, acknowledgements, push};
+use crate::lanes::Aside;
 use crate::limits;
 
 /// A move whose tasks run at the destination, or are about to.
@@ -44,8 +44,7 @@ pub(super) struct Committed<'a> {
 
 impl<'a> Committed<'a> {
     pub(super) fn new(frozen: Frozen<'a>, session: Session, commit: Commit, switchover: Switchover) -> Self {
-        let Commit { answer, drained, fault_lane } = commit;
-        let threads = vec![fault_lane];
+        let Commit { answer, drained, fault_lanes: threads } = commit;
         let Frozen { tasks, serving, .. } = frozen;
         Self {
             tasks: Some(tasks),
@@ -194,21 +193,7 @@ impl<'a> Committed<'a> {
     }
 
     fn start_push(&mut self, mover: &mut Mover) -> Result<bool, String> {
-        let broken = |error: std::io::Error| format!("cannot duplicate a socket: {error}");
-        let (out, back) =
-            (self.session.push.try_clone().map_err(broken)?, self.session.push.try_clone().map_err(broken)?);
-        let (lanes, post, pace) = (self.serving.lanes.clone(), self.serving.post.clone(), mover.config.pace);
-        let pushing = std::thread::Builder::new().name("push".into()).spawn(move || {
-            post.send(Notice::Lane(push(&lanes, &out, pace)));
-        });
-        self.threads.push(pushing.map_err(|error| format!("cannot start a thread: {error}"))?);
-        let (lanes, post) = (self.serving.lanes.clone(), self.serving.post.clone());
-        self.threads.push(std::thread::spawn(move || {
-            post.send(match acknowledgements(&lanes, &back) {
-                Ok(()) => Notice::AllAcknowledged,
-                Err(error) => Notice::Lane(Err(error)),
-            });
-        }));
+        self.threads.extend(self.serving.push(&self.session, mover.config.pace)?);
         Ok(false)
     }
 
@@ -241,7 +226,7 @@ impl<'a> Committed<'a> {
         complete.into_iter().for_each(|chunk| self.serving.lanes.store.free(chunk));
         let missing = self.serving.lanes.ledger().missing();
         tracing::warn!(missing, "resumed after {:.3?}", since.elapsed());
-        self.threads.push(self.serving.serve_faults(&self.session)?);
+        self.threads.extend(self.serving.serve_faults(&self.session)?);
         self.due = (!self.runs)
             .then(|| (Instant::now() + limits::RUNNING_TIMEOUT, "the destination does not say that it runs"));
         self.step(mover, Event::Resumed, "")
@@ -323,8 +308,7 @@ impl<'a> Committed<'a> {
         }
         record_bytes(&mut mover.recorder, &serving);
         // Ends the lanes' threads.
-        session.fault.shutdown();
-        session.push.shutdown();
+        session.lanes.shutdown();
         for thread in threads.into_iter().chain(tasks.and_then(|tasks| tasks.drain)) {
             let _ = thread.join();
         }

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use host::workdir::WorkDir;
 use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
-use protocol::link::ControlError;
+use protocol::link::{ControlError, Stream};
 use protocol::wire::control::{Control, Dumped};
 use protocol::wire::switchover::source::{Action, Event, Switchover};
 
@@ -22,7 +22,9 @@ use super::session::{Next, Session};
 use super::{Mover, StoreKind};
 use crate::dump::{Dump, DumpError};
 use crate::fence::{self, Fence};
-use crate::lanes::{Aside, CALLING_THREAD, LaneError, Lanes, serve_faults};
+use crate::lanes::{
+    Aside, CALLING_THREAD, LaneError, Lanes, Pace, Pushing, acknowledgements, push, serve_faults,
+};
 use crate::limits;
 use crate::netlock::NetworkLock;
 use crate::precopy::Copied;
@@ -73,15 +75,42 @@ pub(super) struct Serving {
 }
 
 impl Serving {
-    /// Starts the thread that serves the fault lane.
-    pub(super) fn serve_faults(&self, session: &Session) -> Result<JoinHandle<()>, String> {
-        let lanes = self.lanes.clone();
-        let post = self.post.clone();
-        let stream = clone_stream(&session.fault)?;
-        std::thread::Builder::new()
-            .name("fault".into())
-            .spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream))))
-            .map_err(|error| format!("cannot start a thread: {error}"))
+    /// Starts the threads that serve the fault lanes.
+    pub(super) fn serve_faults(&self, session: &Session) -> Result<Vec<JoinHandle<()>>, String> {
+        let serve = |stream: &Stream| {
+            let (lanes, post) = (self.lanes.clone(), self.post.clone());
+            let stream = clone_stream(stream)?;
+            std::thread::Builder::new()
+                .name("fault".into())
+                .spawn(move || post.send(Notice::Lane(serve_faults(&lanes, &stream))))
+                .map_err(|error| format!("cannot start a thread: {error}"))
+        };
+        session.lanes.faults.iter().map(serve).collect()
+    }
+
+    /// Starts the threads of the push lanes.
+    pub(super) fn push(&self, session: &Session, pace: Pace) -> Result<Vec<JoinHandle<()>>, String> {
+        let pushing = Arc::new(Pushing::new(&self.lanes, pace));
+        let told = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        for stream in &session.lanes.pushes {
+            let (out, back) = (clone_stream(stream)?, clone_stream(stream)?);
+            let (lanes, post, pushing) = (self.lanes.clone(), self.post.clone(), pushing.clone());
+            let thread = std::thread::Builder::new().name("push".into()).spawn(move || {
+                post.send(Notice::Lane(push(&lanes, &out, &pushing)));
+            });
+            threads.push(thread.map_err(|error| format!("cannot start a thread: {error}"))?);
+            let (lanes, post, told) = (self.lanes.clone(), self.post.clone(), told.clone());
+            threads.push(std::thread::spawn(move || {
+                post.send(match acknowledgements(&lanes, &back) {
+                    // All lanes end when the last page is acknowledged, on whichever.
+                    Ok(()) if told.swap(true, Ordering::Relaxed) => Notice::Lane(Ok(())),
+                    Ok(()) => Notice::AllAcknowledged,
+                    Err(error) => Notice::Lane(Err(error)),
+                });
+            }));
+        }
+        Ok(threads)
     }
 }
 
@@ -259,8 +288,8 @@ impl<'a> Frozen<'a> {
         }
         mover.recorder.report().bytes.control += bytes + more;
         mover.recorder.phase("restore");
-        let fault_lane = self.serving.serve_faults(session)?;
-        Ok(Commit { answer: Answer::Runs(Instant::now()), drained: self.drained, fault_lane })
+        let fault_lanes = self.serving.serve_faults(session)?;
+        Ok(Commit { answer: Answer::Runs(Instant::now()), drained: self.drained, fault_lanes })
     }
 
     /// Waits until something is decided; anything but the awaited message is an error.
@@ -471,11 +500,11 @@ pub(super) struct Commit {
     pub(super) answer: Answer,
     /// Whether the pages are in the store.
     pub(super) drained: bool,
-    /// The thread that serves faults.
-    pub(super) fault_lane: JoinHandle<()>,
+    /// The threads that serve faults.
+    pub(super) fault_lanes: Vec<JoinHandle<()>>,
 }
 
-fn clone_stream(stream: &protocol::link::Stream) -> Result<protocol::link::Stream, String> {
+fn clone_stream(stream: &Stream) -> Result<Stream, String> {
     stream.try_clone().map_err(|error| format!("cannot duplicate a socket: {error}"))
 }
 

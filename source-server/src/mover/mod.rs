@@ -34,7 +34,7 @@ use protocol::wire::hello::{HelloError, Refusal, SessionId, SessionSecret};
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
 use crate::kept::{self, Orphan};
-use crate::lanes::{Lanes, Pace};
+use crate::lanes::{LaneCount, LaneCounts, Lanes, Pace};
 use crate::precopy::Copied;
 use crate::precopy::policy::Rounds;
 use crate::preflight;
@@ -66,6 +66,10 @@ pub struct MoveConfig {
     pub store: StoreKind,
     /// How fast the push may be.
     pub pace: Pace,
+    /// Over how many connections faults are served.
+    pub fault_lanes: LaneCount,
+    /// Over how many it pushes.
+    pub push_lanes: LaneCount,
     /// How often memory is copied before the freeze.
     pub precopy_rounds: Rounds,
     /// How fast.
@@ -132,6 +136,7 @@ pub struct Mover {
     progress: Progress,
     id: SessionId,
     secret: SessionSecret,
+    lanes: LaneCounts,
 }
 
 impl Mover {
@@ -162,6 +167,7 @@ impl Mover {
             progress: Progress::new(config.quiet),
             id,
             secret,
+            lanes: LaneCounts::choose(config.fault_lanes, config.push_lanes, 1, 1),
             config,
         })
     }
@@ -184,12 +190,20 @@ impl Mover {
         Committed::taken_over(serving, holder, session).finish(self)
     }
 
+    /// Decides how many lanes a process with so many threads gets.
+    fn count_lanes(&mut self, threads: usize) {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let MoveConfig { fault_lanes, push_lanes, .. } = self.config;
+        self.lanes = LaneCounts::choose(fault_lanes, push_lanes, processors, threads);
+    }
+
     /// Whose pages are kept when this process is killed.
     fn kept_session(&self, work_dir: &Path) -> kept::Session {
         kept::Session {
             session: (self.id, self.secret),
             to: self.config.to.to_string(),
             link: self.config.link.clone(),
+            lanes: self.lanes,
             root: self.config.pid,
             work_dir: work_dir.to_owned(),
         }

@@ -27,19 +27,21 @@ pub(super) fn run(mover: &mut Mover, tree: &ProcessTree, session: &Session) -> R
         pace: mover.config.precopy_pace,
         most_pages: session.precopy_pages,
     };
+    // One thread copies.
+    let lane = session.lanes.pushes.first().ok_or("there is no push lane")?;
     let shared = Arc::new(Shared::default());
     let (post, ended) = mailbox().map_err(|error| format!("cannot make a mailbox: {error}"))?;
     let result = std::thread::scope(|scope| {
         let copying = std::thread::Builder::new().name("precopy".into()).spawn_scoped(scope, || {
             // Rings however the rounds end.
             let _bell = Bell(post);
-            rounds::run(&plan, tracker, tree, &session.push, &shared)
+            rounds::run(&plan, tracker, tree, lane, &shared)
         });
         let copying = copying.map_err(|error| format!("cannot start a thread: {error}"))?;
         let stopped = wait(mover, session, &ended, &shared);
         if stopped.is_err() {
             shared.stop.store(true, Ordering::Relaxed);
-            session.push.shutdown();
+            lane.shutdown();
         }
         let copied = copying.join().map_err(|_| "the copying thread panicked".to_owned())?;
         match (stopped, copied) {

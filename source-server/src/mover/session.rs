@@ -19,17 +19,52 @@ use protocol::wire::switchover::source::{Action, Event, Switchover};
 
 use super::redial::{Failure, Redial};
 use super::{MoveError, Mover};
+use crate::lanes::LaneCounts;
 use crate::limits;
 use crate::precopy::most_pages;
 use crate::precopy::policy::Rounds;
 use crate::preflight;
 use crate::process::ProcessTree;
 
+/// The lanes of a session, each a connection. There is one of each kind at least, but in a session that was not connected
+/// yet.
+#[derive(Default)]
+pub(super) struct LaneStreams {
+    pub(super) faults: Vec<Stream>,
+    pub(super) pushes: Vec<Stream>,
+}
+
+impl LaneStreams {
+    /// Dials all of them at once: on a long link each takes several round trips.
+    fn dial(
+        counts: LaneCounts,
+        dial: impl Fn(Role, u8, u8) -> Result<Stream, LinkError> + Sync,
+    ) -> Result<Self, LinkError> {
+        let dial = &dial;
+        std::thread::scope(|scope| {
+            let all = |role, lanes| {
+                let dialling = (0..lanes).map(|lane| scope.spawn(move || dial(role, lane, lanes)));
+                dialling.collect::<Vec<_>>()
+            };
+            let dialling = [all(Role::Fault, counts.fault), all(Role::Push, counts.push)];
+            let [faults, pushes] = dialling.map(|lanes| {
+                let lanes = lanes.into_iter().map(|lane| lane.join().unwrap_or_else(|_| Err(panicked())));
+                lanes.collect::<Result<Vec<_>, _>>()
+            });
+            Ok(Self { faults: faults?, pushes: pushes? })
+        })
+    }
+
+    /// Ends all of them.
+    pub(super) fn shutdown(&self) {
+        self.faults.iter().chain(&self.pushes).for_each(Stream::shutdown);
+    }
+}
+
 /// The connections of a move.
 pub(super) struct Session {
     pub(super) control: ControlChannel,
-    pub(super) fault: Stream,
-    pub(super) push: Stream,
+    pub(super) lanes: LaneStreams,
     /// Most pages of pre-copy that the destination has agreed to keep.
     pub(super) precopy_pages: u64,
     /// How long the control connection took to be made.
@@ -41,13 +76,16 @@ pub(super) struct Session {
 impl Session {
     /// Offers the tree to the destination and, accepted, opens the lanes.
     pub(super) fn open(mover: &mut Mover, tree: &ProcessTree, criu: &Criu) -> Result<Self, MoveError> {
-        let dial = |role| Stream::dial(&mover.config.to, &Hello::new(role, 0, mover.id, mover.secret));
+        mover.count_lanes(tree.pids().len());
+        let (id, secret) = (mover.id, mover.secret);
+        let hello = |role| Hello::new(role, id, secret);
         let broken = |error: ControlError| {
             let remedy = "look at the destination's output, then try again";
             MoveError::problem(format!("the destination did not answer the offer: {error}"), remedy)
         };
         let began = Instant::now();
-        let control = ControlChannel::new(dial(Role::Control)?).map_err(|e| broken(e.into()))?;
+        let control = Stream::dial(&mover.config.to, &hello(Role::Control))?;
+        let control = ControlChannel::new(control).map_err(|e| broken(e.into()))?;
         let first_dial = began.elapsed();
         let mut offer = preflight::offer(tree, criu, &mover.config.criu_options);
         if mover.config.precopy_rounds != Rounds::Off {
@@ -78,24 +116,25 @@ impl Session {
             }
             other => return Err(broken(other.out_of_order("a verdict"))),
         }
-        let (fault, push) = (dial(Role::Fault)?, dial(Role::Push)?);
-        Ok(Self { control, fault, push, precopy_pages, first_dial, attempt: 0 })
+        let lanes = LaneStreams::dial(mover.lanes, |role, lane, lanes| {
+            Stream::dial(&mover.config.to, &hello(role).of_lane(lane, lanes))
+        })?;
+        Ok(Self { control, lanes, precopy_pages, first_dial, attempt: 0 })
     }
 
     /// The connections of a process that has ended, the `generation`th of its session: each begins with attempts of its
     /// own.
     pub(super) fn unconnected(generation: u16) -> io::Result<Self> {
-        let nobody = || UnixStream::pair().map(|(here, _)| Stream::Unix(here));
-        let (control, fault, push) = (ControlChannel::new(nobody()?)?, nobody()?, nobody()?);
+        let control = ControlChannel::new(Stream::Unix(UnixStream::pair()?.0))?;
+        let lanes = LaneStreams::default();
         let attempt = generation.wrapping_mul(limits::ATTEMPTS_OF_A_PROCESS);
-        Ok(Self { control, fault, push, precopy_pages: 0, first_dial: Duration::ZERO, attempt })
+        Ok(Self { control, lanes, precopy_pages: 0, first_dial: Duration::ZERO, attempt })
     }
 
     /// Ends every connection: the destination sees it, and whoever waits on one here wakes up.
     pub(super) fn shutdown(&self) {
         self.control.shutdown();
-        self.fault.shutdown();
-        self.push.shutdown();
+        self.lanes.shutdown();
     }
 
     /// The dialling after the connections were lost.
@@ -113,16 +152,15 @@ impl Session {
     ) -> Result<Bitmap, NotResumed> {
         self.attempt = self.attempt.wrapping_add(1).max(1);
         let (to, attempt) = (&mover.config.to, self.attempt);
-        let hello = |role| Hello { attempt, ..Hello::new(role, 0, mover.id, mover.secret) };
-        let dial = |role| Stream::dial_within(to, &hello(role), limit);
-        // At once: on a long link each takes several round trips.
-        let (control, fault, push) = std::thread::scope(|scope| {
-            let lanes = [Role::Fault, Role::Push].map(|role| scope.spawn(move || dial(role)));
-            let control = dial(Role::Control);
-            let [fault, push] = lanes.map(|lane| lane.join().unwrap_or_else(|_| Err(panicked())));
-            (control, fault, push)
+        let hello = |role| Hello { attempt, ..Hello::new(role, mover.id, mover.secret) };
+        let (control, lanes) = std::thread::scope(|scope| {
+            let control = scope.spawn(|| Stream::dial_within(to, &hello(Role::Control), limit));
+            let lanes = LaneStreams::dial(mover.lanes, |role, lane, lanes| {
+                Stream::dial_within(to, &hello(role).of_lane(lane, lanes), limit)
+            });
+            (control.join().unwrap_or_else(|_| Err(panicked())), lanes)
         });
-        let (control, fault, push) = (control?, fault?, push?);
+        let (control, lanes) = (control?, lanes?);
         let control = ControlChannel::new(control).map_err(ControlError::from)?;
         let mut map = Assembly::new(pages);
         loop {
@@ -136,7 +174,7 @@ impl Session {
             }
         }
         let map = map.finish().map_err(ControlError::from)?;
-        (self.control, self.fault, self.push) = (control, fault, push);
+        (self.control, self.lanes) = (control, lanes);
         Ok(map)
     }
 

@@ -55,7 +55,7 @@ fn run(page: u64, pages: u64) -> PageRun {
 
 fn wire(add: &mut Add<'_>) {
     for (name, role) in [("control", Role::Control), ("fault", Role::Fault), ("push", Role::Push)] {
-        let hello = Hello::new(role, 0, SessionId([1; 16]), SessionSecret([2; 16]));
+        let hello = Hello::new(role, SessionId([1; 16]), SessionSecret([2; 16]));
         add("hello", name, hello.encode().to_vec());
         let again = Hello { attempt: 3, ..hello };
         add("hello", &format!("{name}-again"), again.encode().to_vec());
@@ -296,7 +296,7 @@ fn operations(add: &mut Add<'_>) {
 }
 
 fn malformed_frames(add: &mut Add<'_>) {
-    let hello = Hello::new(Role::Control, 0, SessionId([1; 16]), SessionSecret([2; 16])).encode();
+    let hello = Hello::new(Role::Control, SessionId([1; 16]), SessionSecret([2; 16])).encode();
     for (name, at, value) in
         [("magic", 0, 0), ("tls", 0, 22), ("version", 4, 9), ("role", 8, 9), ("page-size", 13, 1)]
     {

@@ -13,7 +13,7 @@ use protocol::wire::frame::TaskRun;
 use super::installer::{Installer, in_one_area};
 use super::space::{Space, Stretch};
 use crate::cache::{Content, Kept};
-use crate::prefetch::Ahead;
+use crate::prefetch::{Ahead, Streams};
 
 /// How a page came; each lazy page counts once, by its first arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +93,8 @@ pub struct Family<I> {
     members: Vec<Option<Member<I>>>,
     /// Asked for by a fault and not arrived yet.
     asked: Bitmap,
+    /// Where threads read on.
+    streams: Streams,
     /// What pre-copy brought and is not installed yet.
     kept: Option<Box<Kept>>,
     /// Installed somewhere.
@@ -117,6 +119,7 @@ impl<I: Installer> Family<I> {
     pub fn new(map: TaskMap) -> Self {
         Self {
             asked: Bitmap::clear(map.pages),
+            streams: Streams::default(),
             kept: None,
             came: Bitmap::clear(map.pages),
             came_by: [0; ORIGINS],
@@ -300,6 +303,11 @@ impl<I: Installer> Family<I> {
     /// The address space is gone; its installer comes back to be dropped outside any lock.
     pub fn exited(&mut self, id: SpaceId) -> Option<I> {
         self.members.get_mut(id.0)?.take().map(|member| member.installer)
+    }
+
+    /// A thread waits for the page `index`: what it will probably need next.
+    pub fn expects(&mut self, index: u64) -> Option<Ahead> {
+        self.streams.fault(index)
     }
 
     /// Pages that arrived: `data` is installed wherever the pages `first..` are still remote.

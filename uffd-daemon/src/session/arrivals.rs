@@ -1,4 +1,4 @@
-//! Connections that come to a session: the lanes it begins with, and all three anew after a lost link.
+//! Connections that come to a session: the lanes it begins with, and all of them anew after a lost link.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -12,8 +12,7 @@ use crate::limits;
 
 /// A connection whose hello named the session.
 struct Arrival {
-    role: Role,
-    attempt: u16,
+    hello: Hello,
     stream: Stream,
 }
 
@@ -74,7 +73,7 @@ impl Door {
     /// Brings it in; the session may have ended meanwhile.
     pub fn bring(&self, hello: &Hello, stream: Stream) {
         self.state.waiting.fetch_add(1, Ordering::Relaxed);
-        self.post.send(Arrival { role: hello.role, attempt: hello.attempt, stream });
+        self.post.send(Arrival { hello: *hello, stream });
     }
 }
 
@@ -87,12 +86,19 @@ impl Arrivals {
     /// Takes what has come; what is complete now.
     pub(super) fn take(&mut self) -> Option<Gathered<Stream>> {
         let mut complete = None;
-        for Arrival { role, attempt, stream } in self.mailbox.empty() {
+        for Arrival { hello, stream } in self.mailbox.empty() {
             self.state.waiting.fetch_sub(1, Ordering::Relaxed);
-            complete = self.gathering.add(role, attempt, stream).or(complete);
+            complete = self.gathering.add(&hello, stream).or(complete);
         }
         complete
     }
+}
+
+/// The lanes of a session, each by its number.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Lanes<S> {
+    pub(super) faults: Vec<S>,
+    pub(super) pushes: Vec<S>,
 }
 
 /// Connections that belong together.
@@ -100,8 +106,7 @@ impl Arrivals {
 pub(super) struct Gathered<S> {
     /// There on all attempts but the one that opened the session, whose control connection was there before.
     pub(super) control: Option<S>,
-    pub(super) fault: S,
-    pub(super) push: S,
+    pub(super) lanes: Lanes<S>,
 }
 
 /// Connections of the latest attempt, until they are complete. Pure.
@@ -109,19 +114,20 @@ pub(super) struct Gathered<S> {
 struct Gathering<S> {
     attempt: u16,
     control: Option<S>,
-    fault: Option<S>,
-    push: Option<S>,
+    faults: Vec<Option<S>>,
+    pushes: Vec<Option<S>>,
 }
 
 impl<S> Default for Gathering<S> {
     fn default() -> Self {
-        Self { attempt: 0, control: None, fault: None, push: None }
+        Self { attempt: 0, control: None, faults: Vec::new(), pushes: Vec::new() }
     }
 }
 
 impl<S> Gathering<S> {
     /// Adds one: what is complete with it. One of an attempt before the latest is dropped.
-    fn add(&mut self, role: Role, attempt: u16, stream: S) -> Option<Gathered<S>> {
+    fn add(&mut self, hello: &Hello, stream: S) -> Option<Gathered<S>> {
+        let attempt = hello.attempt;
         let ahead = attempt.wrapping_sub(self.attempt);
         // Behind the connections that the session began with any attempt is ahead.
         if self.attempt != 0 && ahead > u16::MAX / 2 {
@@ -130,47 +136,86 @@ impl<S> Gathering<S> {
         if ahead > 0 {
             *self = Self { attempt, ..Self::default() };
         }
-        match role {
-            Role::Control => self.control = Some(stream),
-            Role::Fault => self.fault = Some(stream),
-            Role::Push => self.push = Some(stream),
+        let lanes = match hello.role {
+            Role::Control => {
+                self.control = Some(stream);
+                return self.whole();
+            }
+            Role::Fault => &mut self.faults,
+            Role::Push => &mut self.pushes,
+        };
+        // Whoever says another number than before does not know how many there are.
+        if lanes.is_empty() {
+            lanes.resize_with(usize::from(hello.lanes), || None);
         }
-        let whole = self.fault.is_some() && self.push.is_some() && (attempt == 0 || self.control.is_some());
-        if !whole {
+        if lanes.len() == usize::from(hello.lanes) {
+            lanes[usize::from(hello.lane)] = Some(stream);
+        }
+        self.whole()
+    }
+
+    fn whole(&mut self) -> Option<Gathered<S>> {
+        let complete = |lanes: &[Option<S>]| !lanes.is_empty() && lanes.iter().all(Option::is_some);
+        let lanes = complete(&self.faults) && complete(&self.pushes);
+        if !lanes || self.attempt != 0 && self.control.is_none() {
             return None;
         }
-        let control = self.control.take();
-        self.fault.take().zip(self.push.take()).map(|(fault, push)| Gathered { control, fault, push })
+        let all = |lanes: &mut Vec<Option<S>>| std::mem::take(lanes).into_iter().flatten().collect();
+        let lanes = Lanes { faults: all(&mut self.faults), pushes: all(&mut self.pushes) };
+        Some(Gathered { control: self.control.take(), lanes })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use protocol::wire::hello::{SessionId, SessionSecret};
+
     use super::*;
+
+    fn hello(role: Role, attempt: u16) -> Hello {
+        Hello { attempt, ..Hello::new(role, SessionId([0; 16]), SessionSecret([0; 16])) }
+    }
 
     #[test]
     fn connections_of_different_attempts_are_never_mixed() {
         let mut gathering = Gathering::default();
-        assert_eq!(gathering.add(Role::Push, 0, 1), None);
-        assert_eq!(gathering.add(Role::Fault, 0, 2), Some(Gathered { control: None, fault: 2, push: 1 }));
-        assert_eq!(gathering.add(Role::Control, 1, 3), None);
-        assert_eq!(gathering.add(Role::Fault, 1, 4), None);
-        assert_eq!(gathering.add(Role::Push, 3, 5), None, "a later attempt");
-        assert_eq!(gathering.add(Role::Push, 1, 6), None, "an earlier one");
-        assert_eq!(gathering.add(Role::Push, 2, 7), None, "an earlier one");
-        assert_eq!(gathering.add(Role::Control, 3, 8), None);
-        let whole = Gathered { control: Some(8), fault: 9, push: 5 };
-        assert_eq!(gathering.add(Role::Fault, 3, 9), Some(whole));
-        assert_eq!(gathering.add(Role::Fault, 3, 10), None, "once");
+        let mut add = |role, attempt, number| gathering.add(&hello(role, attempt), number);
+        let lanes = |fault, push| Lanes { faults: vec![fault], pushes: vec![push] };
+        assert_eq!(add(Role::Push, 0, 1), None);
+        assert_eq!(add(Role::Fault, 0, 2), Some(Gathered { control: None, lanes: lanes(2, 1) }));
+        assert_eq!(add(Role::Control, 1, 3), None);
+        assert_eq!(add(Role::Fault, 1, 4), None);
+        assert_eq!(add(Role::Push, 3, 5), None, "a later attempt");
+        assert_eq!(add(Role::Push, 1, 6), None, "an earlier one");
+        assert_eq!(add(Role::Push, 2, 7), None, "an earlier one");
+        assert_eq!(add(Role::Control, 3, 8), None);
+        let whole = Gathered { control: Some(8), lanes: lanes(9, 5) };
+        assert_eq!(add(Role::Fault, 3, 9), Some(whole));
+        assert_eq!(add(Role::Fault, 3, 10), None, "once");
+    }
+
+    #[test]
+    fn all_lanes_of_both_kinds_are_waited_for() {
+        let mut gathering = Gathering::default();
+        let mut add = |role, lane, lanes, number| gathering.add(&hello(role, 1).of_lane(lane, lanes), number);
+        assert_eq!(add(Role::Fault, 1, 2, 1), None);
+        assert_eq!(add(Role::Push, 2, 3, 2), None);
+        assert_eq!(add(Role::Push, 0, 3, 3), None);
+        assert_eq!(add(Role::Control, 0, 1, 4), None);
+        assert_eq!(add(Role::Push, 0, 1, 5), None, "of another number");
+        assert_eq!(add(Role::Push, 1, 3, 6), None);
+        assert_eq!(add(Role::Fault, 1, 2, 7), None, "in place of the first");
+        let lanes = Lanes { faults: vec![8, 7], pushes: vec![3, 6, 2] };
+        assert_eq!(add(Role::Fault, 0, 2, 8), Some(Gathered { control: Some(4), lanes }));
     }
 
     #[test]
     fn attempts_may_wrap() {
         let mut gathering = Gathering::default();
         for attempt in [30_000, 60_000, 1] {
-            gathering.add(Role::Control, attempt, ());
-            gathering.add(Role::Fault, attempt, ());
-            assert!(gathering.add(Role::Push, attempt, ()).is_some(), "{attempt}");
+            gathering.add(&hello(Role::Control, attempt), ());
+            gathering.add(&hello(Role::Fault, attempt), ());
+            assert!(gathering.add(&hello(Role::Push, attempt), ()).is_some(), "{attempt}");
         }
     }
 }

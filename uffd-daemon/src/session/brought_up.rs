@@ -5,39 +5,38 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use host::mailbox::{Mailbox, Post, mailbox};
+use host::mailbox::{Mailbox, mailbox};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::uffd::{Probe, Uffd};
-use protocol::bitmap::Bitmap;
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
-use protocol::units::{TaskId, pages_to_bytes};
-use protocol::wire::control::{Control, PageCounts};
+use protocol::units::TaskId;
+use protocol::wire::control::Control;
 use protocol::wire::switchover::destination::Event;
 
+use super::arrivals::Lanes;
+use super::lanes::LaneThreads;
 use super::precopy::Precopied;
-use super::{ByteCount, SessionConfig, StateConfig};
+use super::{SessionConfig, StateConfig};
 use crate::barrier::Report;
 use crate::cache::{Installing, Milestone};
-use crate::fault::{Command, FaultLoop, LatencyHistogram, Notice, held_by, latency_histogram};
+use crate::fault::Command;
 use crate::handover::{HandoverSocket, ReceiveError};
 use crate::journal::Journal;
 use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
 use crate::pidns::PidNamespace;
 use crate::preflight;
-use crate::push::{PushError, PushLane};
+use crate::push::PushError;
 use crate::restore::{PidPlace, Restore};
 use crate::steering::Steering;
 use crate::takeover::{Description, SOCKET, Taken};
 use crate::tree::Tree;
-use crate::upstream::FaultLane;
 
 /// A failure behind the switchover.
 #[derive(Debug)]
@@ -84,18 +83,8 @@ pub(super) struct Images {
 pub(super) struct BroughtUp {
     pub(super) tree: Arc<Tree>,
     pub(super) map: LazyMap,
-    pub(super) latency: LatencyHistogram,
-    pub(super) notices: Mailbox<Notice>,
-    pub(super) pushed: Mailbox<Result<(), PushError>>,
-    /// Bytes of the push lane that are no page.
-    push_heads: ByteCount,
+    pub(super) lanes: LaneThreads,
     pub(super) frozen_at: Option<Instant>,
-    fault_bytes: ByteCount,
-    push_post: Post<Result<(), PushError>>,
-    push_lane: Option<Stream>,
-    push_thread: Option<JoinHandle<()>>,
-    commands: Post<Command<FaultLane>>,
-    fault_thread: Option<JoinHandle<()>>,
     steering: Option<Steering>,
     /// Installs what pre-copy brought.
     installing: Option<Installing>,
@@ -114,8 +103,7 @@ impl BroughtUp {
         config: &SessionConfig,
         images: Images,
         options: &[OsString],
-        fault: Stream,
-        push: Stream,
+        lanes: Lanes<Stream>,
     ) -> Result<Self, String> {
         let Images { dir, lazy_pages, precopied } = images;
         let failed = |what: &'static str| move |error: std::io::Error| format!("cannot {what}: {error}");
@@ -141,38 +129,21 @@ impl BroughtUp {
         }
 
         let keeper = KeeperHandle::start().map_err(failed("start the keeper"))?;
-        let latency = latency_histogram();
-        let (notice_post, notices) = mailbox().map_err(failed("make a mailbox"))?;
-        let (commands, orders) = mailbox().map_err(failed("make a mailbox"))?;
-        let fault_bytes = Arc::new(AtomicU64::new(0));
-        let fault_thread = {
-            let lane = FaultLane::new(fault, fault_bytes.clone());
-            let fault_loop = FaultLoop::new(
-                tree.clone(),
-                Some(lane),
-                orders,
-                notice_post,
-                Some(held_by(keeper.clone())),
-                latency.clone(),
-            );
-            std::thread::Builder::new()
-                .name("fault".into())
-                .spawn(move || drop(fault_loop.run()))
-                .map_err(failed("start a thread"))?
-        };
-        let (push_post, pushed) = mailbox().map_err(failed("make a mailbox"))?;
+        let mut threads =
+            LaneThreads::start(tree.clone(), keeper.clone()).map_err(failed("start the fault loop"))?;
+        threads.attach(lanes).map_err(failed("serve the lanes"))?;
         let socket = HandoverSocket::bind(dir.path()).map_err(failed("listen for the hand-over"))?;
         let (cancel_handover, cancelled) = UnixStream::pair().map_err(failed("make a socket pair"))?;
         let (handed, handed_over) = mailbox().map_err(failed("make a mailbox"))?;
         let handover_thread = {
-            let (tree, commands, keeper) = (tree.clone(), commands.clone(), keeper.clone());
+            let (tree, first, keeper) = (tree.clone(), threads.first(), keeper.clone());
             std::thread::spawn(move || {
                 let result = socket.receive(every_task, cancelled.as_fd(), |task, uffd| {
                     let owner = tree.position(task).map_or(Owner::NOBODY, |family| Owner::new(family, 0));
                     keeper.hold(owner, uffd.as_fd());
                     // A task without lazy pages may still fault on fresh memory.
-                    if let Some(family) = tree.position(task) {
-                        commands.send(Command::Serve { family, uffd: Arc::new(Uffd::from(uffd)) });
+                    if let (Some(family), Some(first)) = (tree.position(task), &first) {
+                        first.send(Command::Serve { family, uffd: Arc::new(Uffd::from(uffd)) });
                     }
                     ControlFlow::Continue(())
                 });
@@ -182,17 +153,8 @@ impl BroughtUp {
         let mut this = Self {
             tree,
             map,
-            latency,
-            notices,
-            pushed,
-            push_heads: Arc::new(AtomicU64::new(0)),
+            lanes: threads,
             frozen_at: None,
-            fault_bytes,
-            push_post,
-            push_lane: Some(push),
-            push_thread: None,
-            commands,
-            fault_thread: Some(fault_thread),
             steering: None,
             installing,
             handed_over,
@@ -251,20 +213,9 @@ impl BroughtUp {
 
     /// A move that another daemon has brought up: its tasks run, and wait for a source.
     pub(super) fn adopt(taken: Taken) -> std::io::Result<Self> {
-        let latency = latency_histogram();
-        let (notice_post, notices) = mailbox()?;
-        let (commands, orders) = mailbox()?;
-        let (push_post, pushed) = mailbox()?;
         let (_, handed_over) = mailbox()?;
-        let keeper = Some(held_by(taken.keeper.clone()));
-        let fault_loop: FaultLoop<FaultLane> =
-            FaultLoop::new(taken.tree.clone(), None, orders, notice_post, keeper, latency.clone());
-        let fault_thread =
-            std::thread::Builder::new().name("fault".into()).spawn(move || drop(fault_loop.run()))?;
-        for space in taken.served.iter().cloned() {
-            commands.send(Command::Adopt(space));
-        }
-        commands.send(Command::Running);
+        let lanes = LaneThreads::start(taken.tree.clone(), taken.keeper.clone())?;
+        lanes.adopt(&taken.served);
         taken.wake_all();
         let proc = &taken.description.proc_dir;
         let processes = taken.map.tasks().iter().map(|task| proc.join(task.id.to_string())).collect();
@@ -273,17 +224,8 @@ impl BroughtUp {
             installing: None,
             tree: taken.tree,
             map: taken.map,
-            latency,
-            notices,
-            pushed,
-            push_heads: Arc::new(AtomicU64::new(0)),
+            lanes,
             frozen_at: None,
-            fault_bytes: Arc::new(AtomicU64::new(0)),
-            push_post,
-            push_lane: None,
-            push_thread: None,
-            commands,
-            fault_thread: Some(fault_thread),
             handed_over,
             handover_thread: None,
             cancel_handover: None,
@@ -420,7 +362,7 @@ impl BroughtUp {
                 let proc = restore.proc_dir();
                 let processes = self.map.tasks().iter().map(|task| proc.join(task.id.to_string())).collect();
                 self.steering = Some(Steering::start(self.tree.clone(), processes));
-                self.commands.send(Command::Running);
+                self.lanes.set_running();
                 return Ok(at);
             }
         }
@@ -442,57 +384,6 @@ impl BroughtUp {
         Ok(())
     }
 
-    /// Starts to install what is pushed.
-    pub(super) fn start_push(&mut self) {
-        let Some(stream) = self.push_lane.take() else { return };
-        let kept = stream.try_clone();
-        let lane = PushLane::new(stream, self.tree.clone(), self.push_heads.clone());
-        let post = self.push_post.clone();
-        self.push_lane = kept.ok();
-        self.push_thread =
-            std::thread::Builder::new().name("push".into()).spawn(move || post.send(lane.run())).ok();
-    }
-
-    /// Lets go of both lanes. Faults wait from here on; events are read, and present pages work.
-    pub(super) fn detach(&mut self) {
-        self.commands.send(Command::Detach);
-        if let Some(lane) = self.push_lane.take() {
-            lane.shutdown();
-        }
-        if let Some(thread) = self.push_thread.take() {
-            let _ = thread.join();
-        }
-        // What it ended with is no news.
-        drop(self.pushed.empty());
-    }
-
-    /// Fetches over new lanes: whatever was asked is asked again. Returns what is settled by now, which counts as
-    /// acknowledged from here on.
-    pub(super) fn attach(&mut self, fault: Stream, push: Stream) -> Bitmap {
-        self.commands.send(Command::Attach(FaultLane::new(fault, self.fault_bytes.clone())));
-        let settled = self.tree.report_settled();
-        self.push_lane = Some(push);
-        self.start_push();
-        settled
-    }
-
-    /// Has the fault loop look whether everything is settled and every question answered, and say so.
-    pub(super) fn ask_whether_settled(&self) {
-        self.commands.send(Command::Running);
-    }
-
-    /// The account, and the bytes of the push lane that are in it.
-    pub(super) fn account(&self) -> (PageCounts, u64) {
-        let (counts, pushed) = self.tree.account();
-        // Read last: no page is without the head of its frame.
-        (counts, self.push_heads.load(Ordering::Relaxed) + pages_to_bytes(pushed))
-    }
-
-    /// Bytes received on the fault lane.
-    pub(super) fn fault_bytes(&self) -> u64 {
-        self.fault_bytes.load(Ordering::Relaxed)
-    }
-
     /// What pre-copy brought needs no source: before a pause it is installed, as nobody is left to do it later.
     pub(super) fn finish_installing(&self) {
         let Some(installing) = self.begin_installing() else { return };
@@ -508,18 +399,13 @@ impl BroughtUp {
     }
 
     fn stop_threads(&mut self) {
-        let join = |thread: Option<JoinHandle<()>>| drop(thread.map(JoinHandle::join));
         self.steering = None;
         self.cancel_handover = None;
-        if let Some(lane) = &self.push_lane {
-            lane.shutdown();
+        let Self { lanes, installing, .. } = self;
+        lanes.stop(|| *installing = None);
+        if let Some(thread) = self.handover_thread.take() {
+            let _ = thread.join();
         }
-        // Whoever installs may wait for an event that the fault loop reads: it ends behind them.
-        self.installing = None;
-        join(self.push_thread.take());
-        self.commands.send(Command::Stop);
-        join(self.fault_thread.take());
-        join(self.handover_thread.take());
     }
 
     /// Before the switchover: nothing of the tree is left.

@@ -9,6 +9,7 @@
 mod arrivals;
 mod brought_up;
 mod images;
+mod lanes;
 mod precopy;
 mod settling;
 
@@ -39,7 +40,7 @@ use crate::preflight;
 use crate::restore::PidPlace;
 use crate::takeover::Taken;
 
-use arrivals::Gathered;
+use arrivals::{Gathered, Lanes};
 use brought_up::{BroughtUp, Images};
 
 /// What every session of a daemon has in common.
@@ -196,11 +197,13 @@ impl Session {
 
     /// Everything up to the switchover; whatever fails here leaves nothing behind.
     fn bring_up(&mut self, offer: &Offer, switchover: &mut Switchover) -> Result<BroughtUp, String> {
-        let (fault, mut push) = self.wait_for_lanes()?;
+        let mut lanes = self.wait_for_lanes()?;
         let mut cache = None;
         if offer.precopy_pages > 0 {
-            let (lane, kept) = self.precopy(offer.precopy_pages, push)?;
-            (push, cache) = (lane, Some(kept));
+            // One thread copies, over the first.
+            let (lane, kept) = self.precopy(offer.precopy_pages, lanes.pushes.swap_remove(0))?;
+            lanes.pushes.push(lane);
+            cache = Some(kept);
         }
         let dir = WorkDir::create(self.config.work_dir.as_deref(), "postcopy-destination")
             .map_err(|error| format!("cannot make a working directory: {error}"))?;
@@ -216,7 +219,7 @@ impl Session {
             }
         }
         let images = Images { dir, lazy_pages: dumped.lazy_pages, precopied };
-        let mut brought_up = BroughtUp::start(&self.config, images, &options, fault, push)?;
+        let mut brought_up = BroughtUp::start(&self.config, images, &options, lanes)?;
         brought_up.frozen_at = frozen_at;
         let tasks = brought_up.map.tasks().iter();
         let tasks = tasks.map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
@@ -232,11 +235,11 @@ impl Session {
         }
     }
 
-    fn wait_for_lanes(&mut self) -> Result<(Stream, Stream), String> {
+    fn wait_for_lanes(&mut self) -> Result<Lanes<Stream>, String> {
         let deadline = Instant::now() + LANE_PATIENCE;
         loop {
-            if let Some(Gathered { fault, push, .. }) = self.arrivals.take() {
-                return Ok((fault, push));
+            if let Some(Gathered { lanes, .. }) = self.arrivals.take() {
+                return Ok(lanes);
             }
             match waiting::readable([self.arrivals.as_fd()], Some(deadline)) {
                 Ok([true]) => {}

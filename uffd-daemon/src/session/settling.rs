@@ -105,7 +105,7 @@ impl Session {
             Action::SendRunning => self.send(&Control::Running),
             _ => Ok(()),
         };
-        brought_up.start_push();
+        brought_up.lanes.start_push().map_err(Failure::io)?;
         Ok((running_at, told))
     }
 
@@ -196,9 +196,12 @@ impl Session {
     /// Waits until every page is settled and acknowledged, when the push lane's thread ends well, and until no
     /// answer is on its way that the source has counted.
     fn wait_settled(&mut self, brought_up: &BroughtUp) -> Result<(), Failure> {
-        let (mut settled, mut acknowledged) = (brought_up.tree.settled_at().is_some(), false);
-        while !(settled && acknowledged) {
-            let fds = [brought_up.notices.as_fd(), brought_up.pushed.as_fd(), self.arrivals.as_fd()];
+        let lanes = &brought_up.lanes;
+        // Each loop says so once.
+        let mut unsettled = if brought_up.tree.settled_at().is_some() { 0 } else { lanes.loops() };
+        let mut pushing = lanes.pushes();
+        while unsettled > 0 || pushing > 0 {
+            let fds = [lanes.notices.as_fd(), lanes.pushed.as_fd(), self.arrivals.as_fd()];
             let deadline = Some(Instant::now() + self.progress.interval());
             let ready = waiting::link_or(&self.control, fds, deadline);
             let (control, [notice, pushed, arrived]) = ready.map_err(Failure::io)?;
@@ -207,17 +210,17 @@ impl Session {
                 self.look_at_arrivals()?;
             }
             if pushed {
-                for result in brought_up.pushed.empty() {
+                for result in lanes.pushed.empty() {
                     result.map_err(|error| Failure::push(&error))?;
-                    acknowledged = true;
-                    brought_up.ask_whether_settled();
+                    pushing = pushing.saturating_sub(1);
+                    lanes.set_running();
                 }
             }
             if notice {
-                for notice in brought_up.notices.empty() {
+                for notice in lanes.notices.empty() {
                     match notice {
-                        Notice::Settled => settled = true,
-                        Notice::UpstreamLost(_) if brought_up.tree.check_settled() => settled = true,
+                        Notice::Settled => unsettled = unsettled.saturating_sub(1),
+                        Notice::UpstreamLost(_) if brought_up.tree.check_settled() => unsettled = 0,
                         Notice::UpstreamLost(reason) => {
                             return Err(Failure { reason, event: Event::Lost });
                         }
@@ -233,7 +236,7 @@ impl Session {
                     Err(error) => Failure::lost(&error),
                 });
             }
-            let (tree, latency) = (&brought_up.tree, &brought_up.latency);
+            let (tree, latency) = (&brought_up.tree, &lanes.latency);
             self.progress.show(|| {
                 let faults = latency::summary(latency);
                 let local = tree.local_faults.load(Ordering::Relaxed);
@@ -260,26 +263,27 @@ impl Session {
     ) -> Result<Resumed, Failure> {
         let since = Instant::now();
         self.control.shutdown();
-        brought_up.detach();
+        brought_up.lanes.detach();
         let limit = self.config.give_up_after;
         if let Some(journal) = brought_up.tree.journal() {
             journal.set_paused(limit);
         }
         tracing::warn!(missing = brought_up.tree.remote_pages(), "paused: {why}; the source is waited for");
-        let mut detached = false;
+        let mut attached = brought_up.lanes.loops();
         loop {
             brought_up.check_installing()?;
-            for notice in brought_up.notices.empty() {
+            for notice in brought_up.lanes.notices.empty() {
                 match notice {
-                    Notice::Detached => detached = true,
+                    Notice::Detached => attached = attached.saturating_sub(1),
                     Notice::Broken(reason) => return Err(Failure::broken(reason)),
                     // Settled is asked for below; the rest is about the connections that were lost.
                     Notice::Settled | Notice::UpstreamLost(_) => {}
                 }
             }
             self.gathered = self.arrivals.take().or(self.gathered.take());
-            // Not before everything that the fault loop had to say about the old lane was heard.
-            if detached && self.gathered.is_some() && switchover.step(Event::Attached) == Action::Resume {
+            // Not before everything that the fault loops had to say about the old lanes was heard.
+            if attached == 0 && self.gathered.is_some() && switchover.step(Event::Attached) == Action::Resume
+            {
                 tracing::warn!("resumed after {:.3?}", since.elapsed());
                 if let Some(journal) = brought_up.tree.journal() {
                     journal.set_resumed();
@@ -310,7 +314,7 @@ impl Session {
             });
             let look = Instant::now() + self.progress.interval();
             let due = limit.map_or(look, |limit| since + limit);
-            let fds = [self.arrivals.as_fd(), brought_up.notices.as_fd(), self.interrupt.as_fd()];
+            let fds = [self.arrivals.as_fd(), brought_up.lanes.notices.as_fd(), self.interrupt.as_fd()];
             waiting::readable(fds, Some(due.min(look))).map_err(Failure::io)?;
         }
     }
@@ -318,11 +322,11 @@ impl Session {
     /// On new connections: tells the source what is settled, and that the tasks run. Whoever waits for a page is
     /// served meanwhile.
     fn resume(&mut self, brought_up: &mut BroughtUp) -> Result<(), Failure> {
-        let Some(Gathered { control: Some(control), fault, push }) = self.gathered.take() else {
+        let Some(Gathered { control: Some(control), lanes }) = self.gathered.take() else {
             return Err(Failure::broken("no connections to go on with".into()));
         };
         self.control = ControlChannel::new(control).map_err(Failure::io)?;
-        let settled = brought_up.attach(fault, push);
+        let settled = brought_up.lanes.attach_anew(lanes).map_err(Failure::io)?;
         for piece in settled_map::pieces(&settled) {
             self.send(&Control::SettledMap(piece))?;
         }
@@ -333,11 +337,11 @@ impl Session {
     fn summary(&self, brought_up: &BroughtUp, running_at: Instant) -> Summary {
         let settled_at = brought_up.tree.settled_at().unwrap_or_else(Instant::now);
         let brownout = settled_at.saturating_duration_since(running_at);
-        let (pages, push_lane_bytes) = brought_up.account();
+        let (pages, push_lane_bytes) = brought_up.lanes.account();
         Summary {
             pages,
-            latency: latency::summary(&brought_up.latency),
-            fault_lane_bytes: brought_up.fault_bytes(),
+            latency: latency::summary(&brought_up.lanes.latency),
+            fault_lane_bytes: brought_up.lanes.fault_bytes(),
             push_lane_bytes,
             brownout_us: u64::try_from(brownout.as_micros()).unwrap_or(u64::MAX),
         }
