@@ -64,6 +64,12 @@ impl<'a> Plan<'a> {
         self
     }
 
+    /// With so many fault lanes and push lanes.
+    #[must_use]
+    pub fn lanes(self, count: &str) -> Self {
+        self.source(["--fault-lanes", count, "--push-lanes", count])
+    }
+
     /// With a hook at the source.
     #[must_use]
     pub fn source_hook(self, phase: &str, command: &str) -> Self {

@@ -60,12 +60,14 @@ fn over_proxy(site: &Site, plan: &Plan<'_>, stamp: &Stamp) -> (Move, Proxy) {
 
 #[test]
 fn connections_that_are_reset_again_and_again() {
-    for (link, store) in [("tcp", "pipes"), ("tcp", "frozen"), ("tls", "pipes")] {
+    for (link, store, lanes) in
+        [("tcp", "pipes", "1"), ("tcp", "frozen", "1"), ("tls", "pipes", "1"), ("tcp", "pipes", "3")]
+    {
         let Some(site) = Site::new() else { return };
-        println!("{link}, {store}");
+        println!("{link}, {store}, {lanes} lanes");
         let mut stamp = Stamp::start(&busy(&site));
         let plan = if link == "tcp" { Plan::new() } else { Keys::new(&site).plan(link) };
-        let plan = slow_push(plan).source(["--store", store]);
+        let plan = slow_push(plan).source(["--store", store]).lanes(lanes);
         let (under_way, line) = over_proxy(&site, &plan, &stamp);
         wait_working(&under_way, &mut stamp);
         for times in 1..=4 {

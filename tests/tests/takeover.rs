@@ -85,11 +85,14 @@ fn assert_finished(
 
 #[test]
 fn another_daemon_goes_on_with_the_move() {
-    for (by, link) in [("takeover", "tcp"), ("serve", "tcp"), ("takeover", "tls")] {
+    for (by, link, lanes) in
+        [("takeover", "tcp", "1"), ("serve", "tcp", "1"), ("takeover", "tls", "1"), ("takeover", "tcp", "3")]
+    {
         let Some(site) = Site::new() else { return };
-        println!("{by}, {link}");
+        println!("{by}, {link}, {lanes} lanes");
         let mut stamp = Stamp::start(&busy(&site));
         let plan = if link == "tcp" { Plan::new() } else { Keys::new(&site).plan(link) };
+        let plan = plan.lanes(lanes);
         let (mut under_way, state) = under_way(&site, plan, &mut stamp);
         kill_daemon(&mut under_way, &state);
         let json = site.path("follower.json");
@@ -128,12 +131,13 @@ fn daemons_that_are_killed_one_after_the_other() {
 
 #[test]
 fn another_source_goes_on_with_the_pages() {
-    for link in ["tcp", "tls"] {
+    for (link, lanes) in [("tcp", "1"), ("tls", "1"), ("tcp", "3")] {
         let Some(site) = Site::new() else { return };
-        println!("{link}");
+        println!("{link}, {lanes} lanes");
         let mut stamp = Stamp::start(&busy(&site));
         let kept = site.path("kept");
         let plan = if link == "tcp" { Plan::new() } else { Keys::new(&site).plan(link) };
+        let plan = plan.lanes(lanes);
         let plan = plan.source(["--state-dir".as_ref(), kept.as_os_str()]);
         let (mut under_way, state) = under_way(&site, plan, &mut stamp);
         // The pages are in pipes, and nowhere else.

@@ -133,6 +133,8 @@ pub struct FaultLoop<U, I = Arc<Uffd>> {
     in_flight: InFlight,
     /// How many of its faults count in what the push lets pass.
     published: u32,
+    /// Faults that it asked for, ever.
+    demands: u64,
     deferred: Vec<Deferred>,
     /// Faults that need nothing of the source, whose address space is changing: who was served, and where.
     unresolved: Vec<(usize, TaskAddr)>,
@@ -176,6 +178,7 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             assists_until: now,
             in_flight: InFlight::default(),
             published: 0,
+            demands: 0,
             deferred: Vec::new(),
             unresolved: Vec::new(),
             awake: None,
@@ -379,6 +382,7 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         tree.local_faults.fetch_add(local as u64, Ordering::Relaxed);
         let task = guard.task();
         tree.demands.fetch_add(asked as u64, Ordering::Relaxed);
+        self.demands += asked as u64;
         for (index, at) in asks.iter().flatten() {
             let Some((addr, _)) = guard.map().locate(guard.map().first + index) else { continue };
             let Some(run) = PageRun::new(addr, 1) else { continue };
@@ -768,6 +772,7 @@ impl<U: Upstream> FaultLoop<U> {
             let ended = self.turn(ready, |position| polled.is_ready(first + position), Instant::now());
             self.polled = polled;
             if ended {
+                tracing::debug!(number = self.number, faults = self.demands, "a fault loop has ended");
                 return self.upstream;
             }
         }

@@ -62,13 +62,15 @@ pub struct PushLane {
     tree: Arc<Tree>,
     intake: Intake<Arc<Uffd>>,
     swept: Instant,
+    /// Installed, ever.
+    pages: u64,
 }
 
 impl PushLane {
     /// Over a stream whose hello is done; counts the bytes of frames that are not their pages in `heads`.
     #[must_use]
     pub fn new(stream: Stream, tree: Arc<Tree>, heads: Arc<AtomicU64>) -> Self {
-        Self { stream, intake: Intake::new(tree.clone(), heads), tree, swept: Instant::now() }
+        Self { stream, intake: Intake::new(tree.clone(), heads), tree, swept: Instant::now(), pages: 0 }
     }
 
     /// Installs what comes until every page of the tree is settled and acknowledged.
@@ -87,6 +89,7 @@ impl PushLane {
             if self.swept.elapsed() >= limits::ACK_INTERVAL || self.tree.settled_at().is_some() {
                 self.sweep()?;
                 if self.tree.settled_at().is_some() && self.tree.all_acknowledged() {
+                    tracing::debug!(pages = self.pages, "a push lane has ended");
                     return Ok(());
                 }
             }
@@ -120,6 +123,7 @@ impl PushLane {
             Ok(piece)
         })
         .map_err(PushError::Install)?;
+        self.pages += intake.pages();
         tree.pushed_bytes.fetch_add(pages_to_bytes(intake.pages()), Ordering::Relaxed);
         if complete {
             tree.check_settled();
