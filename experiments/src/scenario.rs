@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::cli::Common;
 use crate::results::Folder;
-use crate::sweep::{fault_latency, hybrid, memory_size, prefill, push_interference, stores};
+use crate::sweep::{fault_latency, hybrid, lanes, memory_size, prefill, push_interference, stores};
 use crate::{floors, kv_move, links, stream, tracking, vs_criu, vs_qemu};
 
 /// How to run an experiment.
@@ -79,6 +79,12 @@ pub const ALL: &[Scenario] = &[
         about: "the push from off to unlimited: how long the brownout is, and what it costs the faults",
         run: push_interference::run,
         page: push_interference::page,
+    },
+    Scenario {
+        name: lanes::NAME,
+        about: "one connection or several for faults, and for the push",
+        run: lanes::run,
+        page: lanes::page,
     },
     Scenario {
         name: stores::NAME,

@@ -2,6 +2,7 @@
 //!
 //! - [`fault_latency`]: patterns, reads and writes, threads, with and without push
 //! - [`push_interference`]: the push from off to unlimited
+//! - [`lanes`]: several connections for faults and for the push
 //! - [`stores`]: where the pages wait
 //! - [`memory_size`]: from small to large
 //! - [`hybrid`]: with and without copies ahead, by how much is written behind them
@@ -9,6 +10,7 @@
 
 pub mod fault_latency;
 pub mod hybrid;
+pub mod lanes;
 pub mod memory_size;
 pub mod prefill;
 pub mod push_interference;
@@ -114,6 +116,7 @@ mod tests {
             let options = RunOptions { smoke, ..RunOptions::default() };
             all_differ(&fault_latency::cases(&options));
             all_differ(&push_interference::cases(&options));
+            all_differ(&lanes::cases(&options));
             all_differ(&stores::cases(&options));
             all_differ(&memory_size::cases(&options, usize::MAX).0);
             all_differ(&hybrid::cases(&options));
