@@ -256,13 +256,20 @@ impl Impostor {
     #[track_caller]
     #[must_use]
     pub fn answer(&self, reply: &[u8]) -> Peer {
+        self.greet(reply).1
+    }
+
+    /// As [`Impostor::answer`], with the hello.
+    #[track_caller]
+    fn greet(&self, reply: &[u8]) -> (Hello, Peer) {
         use std::os::fd::AsFd;
         let comes = host::waiting::readable_within(self.listener.as_fd(), STEP).expect("poll");
         assert!(comes, "nobody connects");
         let mut peer = Peer::over(self.listener.accept().expect("a connection").0);
-        peer.stream.read_exact(&mut [0; HELLO_LEN]).expect("a hello");
+        let mut hello = [0; HELLO_LEN];
+        peer.stream.read_exact(&mut hello).expect("a hello");
         peer.send(reply);
-        peer
+        (Hello::decode(&hello).expect("a hello"), peer)
     }
 
     /// Refuses the first connection.
@@ -295,8 +302,15 @@ impl Impostor {
     pub fn accept(&self) -> Session {
         let mut control = self.offered();
         control.say(&Control::Verdict(vec![]));
-        let fault = self.answer(&encode_reply(Ok(VERSION_MAX)));
-        Session { control, fault, push: self.answer(&encode_reply(Ok(VERSION_MAX))) }
+        // In whichever order: they are dialled at once.
+        let (first, second) =
+            (self.greet(&encode_reply(Ok(VERSION_MAX))), self.greet(&encode_reply(Ok(VERSION_MAX))));
+        let [fault, push] = match (first.0.role, second.0.role) {
+            (Role::Fault, Role::Push) => [first.1, second.1],
+            (Role::Push, Role::Fault) => [second.1, first.1],
+            other => panic!("lanes of {other:?}"),
+        };
+        Session { control, fault, push }
     }
 }
 
