@@ -127,6 +127,13 @@ fn threads(pid: u32) -> Vec<u32> {
     threads.filter_map(|thread| thread.file_name().to_str()?.parse().ok()).collect()
 }
 
+/// Whether a thread of a process that runs sleeps where CRIU would make all of its memory non-lazy.
+#[must_use]
+pub fn sleeps_on_page_border(pid: u32) -> bool {
+    // Of one that runs it says only that.
+    threads(pid).into_iter().any(|tid| place(pid, tid).is_ok_and(|at| is_aligned(&at)))
+}
+
 /// Where a thread that does not run stands: its system call, stack pointer and program counter.
 fn place(pid: u32, tid: u32) -> io::Result<String> {
     fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))

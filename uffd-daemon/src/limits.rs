@@ -14,6 +14,11 @@ pub const ARRIVALS_MAX: usize = 4 * (1 + 2 * LANES_MAX as usize);
 pub const CROWD: u32 = 4;
 /// How long they go on when they have found none.
 pub const ASSISTANCE: Duration = Duration::from_millis(4);
+/// How long who follows a daemon that was killed waits until it has let go of its port and of its keepers: a host with
+/// more to do than processors takes seconds to end it.
+pub const PORT_PATIENCE: Duration = Duration::from_secs(10);
+/// How often it looks.
+pub const PORT_LOOK: Duration = Duration::from_millis(20);
 /// How long it is waited for at most once every page is here: it only has to hear so.
 pub const WHOLE_PATIENCE: Duration = Duration::from_secs(60);
 /// Changes of address spaces that the journal of a move has room for: 64 MiB, if all of it is used. A task that

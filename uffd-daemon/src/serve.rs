@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use host::interrupt::Interrupt;
 use host::mailbox::{Post, mailbox};
@@ -60,13 +61,34 @@ struct Finished {
     status: Option<u8>,
 }
 
+/// Listens. A daemon that was killed has its descriptors until its last thread has ended, and then they are closed one by
+/// one, which takes a while on a busy host: who follows it waits for the port.
+fn bind(config: &ServeConfig) -> Result<Listener, LinkError> {
+    let follows = || {
+        let wanted = config.listen.to_string();
+        let found = config.session.state.as_ref().and_then(|state| takeover::find(&state.dir).ok());
+        found.unwrap_or_default().iter().any(|found| found.description.listen == wanted)
+    };
+    let deadline = Instant::now() + limits::PORT_PATIENCE;
+    loop {
+        match Listener::bind(&config.listen) {
+            Err(LinkError::Io { source, .. })
+                if source.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline && follows() =>
+            {
+                std::thread::sleep(limits::PORT_LOOK);
+            }
+            bound => return bound,
+        }
+    }
+}
+
 /// Serves until interrupted, or with `once` until the first move is over; returns the exit status.
 ///
 /// # Errors
 /// [`ServeError`].
 pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
     let interrupt = Interrupt::install()?;
-    let listener = Listener::bind(&config.listen)?;
+    let listener = bind(&config)?;
     let endpoint = listener.endpoint()?.to_string();
     if let Some(state) = &mut config.session.state {
         state.listen.clone_from(&endpoint);
@@ -236,9 +258,8 @@ impl Context {
         });
         let mut adopted = 0;
         for orphan in found.into_iter().filter(|found| found.description.listen == endpoint) {
-            if orphan.info.attended {
-                continue;
-            }
+            // Nobody else listens here, so its daemon has ended, or is about to.
+            let Some(orphan) = orphan.left_alone(limits::PORT_PATIENCE) else { continue };
             let (id, _) = orphan.description.session();
             match orphan.take().map_err(|error| error.to_string()).and_then(|taken| self.adopt(taken)) {
                 Ok(()) => adopted += 1,

@@ -187,6 +187,17 @@ impl Found {
         (!self.info.attended).then_some(self.info.since)
     }
 
+    /// Waits until its daemon has let go of it; `None` if that one does not.
+    #[must_use]
+    pub fn left_alone(mut self, patience: Duration) -> Option<Self> {
+        let deadline = Instant::now() + patience;
+        while self.info.attended && Instant::now() < deadline {
+            std::thread::sleep(limits::PORT_LOOK);
+            (self.info, self.description) = ask(&self.path).ok()?;
+        }
+        (!self.info.attended).then_some(self)
+    }
+
     /// Takes it over: this process is the keeper's daemon from here on.
     ///
     /// # Errors
