@@ -16,6 +16,7 @@
 //! - [`stock`]: CRIU's own programs, as scripts use them; [`valve`]: a connection to a page server that stalls
 //! - [`receiver`]: the receiving end of pre-copy, played by the test
 //! - [`subject`]: a process that waits in a call or writes by order; [`shadow`]: what a destination would have
+//! - [`guest`]: checks on another kernel, in a virtual machine; [`soft_dirty`]: those of the tracker by that name
 //! - [`processes`]: who is there, without touching anybody's memory
 //! - [`fuzz`]: hostile input for every decoder, without processes
 //! - [`simulation`]: both engines in one world of their own, without a kernel
@@ -29,6 +30,7 @@ pub mod accounts;
 pub mod echo;
 pub mod fuzz;
 pub mod gate;
+pub mod guest;
 pub mod keys;
 pub mod moments;
 pub mod moves;
@@ -40,6 +42,7 @@ pub mod receiver;
 pub mod shadow;
 pub mod simulation;
 pub mod site;
+pub mod soft_dirty;
 pub mod stamps;
 pub mod stock;
 pub mod subject;

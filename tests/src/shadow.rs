@@ -4,17 +4,22 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-use kernel::pagemap::{Categories, PageMap, Protect, Query, Regions};
+use experiments::stamp::Options;
+use experiments::workload::Files;
 use nix::sys::signal::Signal;
-use protocol::units::{ImageAddr, PAGE_SIZE, TaskId};
+use protocol::units::{ImageAddr, PAGE_BYTES, PAGE_SIZE, TaskId};
 use source_server::process::{ProcessTree, Task, thread_state};
-use source_server::track::{Pass, Round, Tracker, areas};
+use source_server::track::{Pass, Round, Stop, Tracker, areas};
 
+use crate::stamps::Stamp;
 use crate::{STEP, eventually, processes};
 
 /// Bytes copied at a time.
 const CHUNK: usize = 1 << 20;
+/// In an entry of the page map.
+const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
 
 /// Copies, page by page.
 #[derive(Debug, Default)]
@@ -104,21 +109,58 @@ impl Shadow {
     }
 }
 
+/// Rounds over a workload with its files in `dir`, which writes, maps, unmaps, moves, drops and forks all the time.
+///
+/// # Panics
+/// If a page that was written is missing.
+#[track_caller]
+pub fn churn(dir: &Path, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Stop> {
+    let files = Files::in_dir(dir, "stamp");
+    let options =
+        Options { mib: 48, threads: 3, churn: true, fork: true, tree: processes, ..Options::new(files) };
+    let mut stamp = Stamp::start(&options);
+    let mut shadow = Shadow::default();
+    let mut stops = Vec::new();
+    let mut pages = Vec::new();
+    for _ in 0..rounds {
+        let round = shadow.round(tracker, &ProcessTree::of(stamp.pid()).expect("a tree"));
+        pages.push(round.pages());
+        stops.extend(round.stops);
+        stamp.wait_ops(1000);
+    }
+    let frozen = stop(stamp.pid());
+    let (clean, last) = shadow.check(tracker, &frozen);
+    println!("{}: rounds {pages:?}, last {} written, {clean} clean", tracker.method(), last.pages());
+    assert!(clean > 0, "everything was written: nothing was compared");
+    go_on(&frozen);
+    stamp.assert_unharmed();
+    stamp.quit();
+    stops
+}
+
+/// The pages of one area that a round reports, by number.
+#[must_use]
+pub fn reported(round: &Round, start: u64, pages: u64) -> BTreeSet<u64> {
+    let runs = round.tasks.iter().flat_map(|task| &task.runs);
+    let found = runs.flat_map(|run| (0..run.pages.pages).map(|page| run.pages.start.add(page).get()));
+    let area = start..start + pages * PAGE_BYTES;
+    found.filter(|page| area.contains(page)).map(|page| (page - start) / PAGE_BYTES).collect()
+}
+
 /// The pages of a process that are there, in areas that can be lazy.
 ///
 /// # Panics
 /// If they cannot be listed.
 #[must_use]
 pub fn pages_there(pid: u32) -> Vec<u64> {
-    let map = PageMap::open(pid).expect("a page map");
-    let (any, mut pages) = (Categories::PRESENT_OR_SWAPPED, Vec::new());
-    let query = Query { all: Categories::NONE, any, report: Categories::NONE, protect: Protect::Nothing };
+    let map = File::open(format!("/proc/{pid}/pagemap")).expect("a page map");
+    let mut pages = Vec::new();
     for area in areas::of(pid).expect("areas") {
-        let range = area.start.get()..area.end().get();
-        map.scan(range, &query, &mut Regions::default(), |region| {
-            pages.extend((region.start..region.end).step_by(PAGE_SIZE));
-        })
-        .expect("a scan");
+        let mut entries = vec![0; usize::try_from(area.pages).expect("an area") * 8];
+        map.read_exact_at(&mut entries, area.start.get() / PAGE_BYTES * 8).expect("entries of the page map");
+        let entries = entries.chunks_exact(8).map(|entry| u64::from_ne_bytes(entry.try_into().expect("8 bytes")));
+        let there = (0..).zip(entries).filter(|(_, entry)| entry & PRESENT_OR_SWAPPED != 0);
+        pages.extend(there.map(|(page, _)| area.start.add(page).get()));
     }
     pages
 }

@@ -50,12 +50,13 @@ pub fn main(arguments: &[String]) -> anyhow::Result<()> {
     match arguments[..] {
         ["memory"] => obey(),
         ["tracker", pid] => track(pid.parse()?),
+        ["guest", checks] => crate::guest::main(checks),
         [call] => {
             let result = wait_in(call)?;
             println!("{result}");
             Ok(())
         }
-        _ => bail!("usage: subject CALL | memory | tracker PID"),
+        _ => bail!("usage: subject CALL | memory | tracker PID | guest CHECKS"),
     }
 }
 

@@ -9,26 +9,18 @@ use kernel::inject::userfaultfd_of;
 use nix::sys::signal::Signal;
 use protocol::units::PAGE_BYTES;
 use source_server::process::ProcessTree;
-use source_server::track::choice::choose;
+use source_server::track::choice::{choose, of};
 use source_server::track::content::Content;
-use source_server::track::{Pass, Round, Stop, Tracker};
-use tests::shadow::{Shadow, go_on, pages_there, stop};
+use source_server::track::{Method, Pass};
+use tests::shadow::{churn, pages_there, reported};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
 use tests::subject::{Appearance, CALLS, Subject};
 use tests::trackers::write_protect;
-use tests::{STEP, eventually, processes, programs, skip};
+use tests::{STEP, eventually, guest, processes, programs, skip, soft_dirty};
 
 fn tree(pid: u32) -> ProcessTree {
     ProcessTree::of(pid).expect("a tree")
-}
-
-/// The pages of one area that a round reports, by number.
-fn reported(round: &Round, start: u64, pages: u64) -> BTreeSet<u64> {
-    let runs = round.tasks.iter().flat_map(|task| &task.runs);
-    let found = runs.flat_map(|run| (0..run.pages.pages).map(|page| run.pages.start.add(page).get()));
-    let area = start..start + pages * PAGE_BYTES;
-    found.filter(|page| area.contains(page)).map(|page| (page - start) / PAGE_BYTES).collect()
 }
 
 fn set(pages: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
@@ -199,43 +191,13 @@ fn another_program_starts_again() {
     assert!(tracker.scan(&tree, Pass::Round).tasks.is_empty());
 }
 
-/// Rounds over a workload that writes, maps, unmaps, moves, drops and forks all the time.
-fn churn(site: &Site, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Stop> {
-    let options = Options {
-        mib: 48,
-        threads: 3,
-        churn: true,
-        fork: true,
-        tree: processes,
-        ..stamps::options(site, "stamp")
-    };
-    let mut stamp = Stamp::start(&options);
-    let mut shadow = Shadow::default();
-    let mut stops = Vec::new();
-    let mut pages = Vec::new();
-    for _ in 0..rounds {
-        let round = shadow.round(tracker, &tree(stamp.pid()));
-        pages.push(round.pages());
-        stops.extend(round.stops);
-        stamp.wait_ops(1000);
-    }
-    let frozen = stop(stamp.pid());
-    let (clean, last) = shadow.check(tracker, &frozen);
-    println!("{}: rounds {pages:?}, last {} written, {clean} clean", tracker.method(), last.pages());
-    assert!(clean > 0, "everything was written: nothing was compared");
-    go_on(&frozen);
-    stamp.assert_unharmed();
-    stamp.quit();
-    stops
-}
-
 #[test]
 fn no_written_page_is_missing_by_write_protection() {
     let Some(site) = Site::new() else { return };
     let Some(mut tracker) = write_protect() else { return };
     let rounds = if tests::long() { 100 } else { 8 };
-    let mut stops = churn(&site, tracker.as_mut(), 1, rounds);
-    stops.extend(churn(&site, choose().0.as_mut(), 3, rounds));
+    let mut stops = churn(&site.path(""), tracker.as_mut(), 1, rounds);
+    stops.extend(churn(&site.path(""), choose().0.as_mut(), 3, rounds));
     stops.sort();
     println!("stops: {} of them, median {:?}, most {:?}", stops.len(), stops[stops.len() / 2], stops.last());
 }
@@ -243,7 +205,22 @@ fn no_written_page_is_missing_by_write_protection() {
 #[test]
 fn no_written_page_is_missing_by_content() {
     let Some(site) = Site::new() else { return };
-    churn(&site, &mut Content::default(), 2, 4);
+    churn(&site.path(""), &mut Content::default(), 2, 4);
+}
+
+#[test]
+fn no_written_page_is_missing_by_soft_dirty() {
+    let Some(site) = Site::new() else { return };
+    match of(Method::SoftDirty) {
+        Ok(_) => soft_dirty::checks(&site.path(""), |done| println!("{done}")),
+        Err(why) => skip(why),
+    }
+}
+
+/// The kernel that `scripts/setup --qemu` fetches has what this host's may lack.
+#[test]
+fn no_written_page_is_missing_by_soft_dirty_in_a_guest() {
+    guest::assert_passes("soft-dirty");
 }
 
 #[test]

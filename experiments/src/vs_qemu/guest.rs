@@ -23,7 +23,7 @@ use crate::random::Permutation;
 use crate::stamp::page::{self, Part, Place};
 
 /// Before every line that is meant for the experiment.
-pub(super) const MARK: &str = "@@ ";
+pub const MARK: &str = "@@ ";
 /// Digits of a recorded latency: few, as every value is a line on a slow console.
 pub(super) const DIGITS: u8 = 2;
 const FIRST: Place = Place { process: 0, part: Part::Writers, page: 0 };

@@ -1,5 +1,6 @@
-//! A virtual machine whose guest is one program of ours.
+//! A virtual machine whose guest runs programs of ours.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -16,7 +17,7 @@ use super::qmp::Qmp;
 use crate::tool::{Tool, is_installed};
 
 /// The program.
-pub(super) const QEMU: &str = "qemu-system-x86_64";
+pub const QEMU: &str = "qemu-system-x86_64";
 /// Memory of the guest besides what is measured: kernel, initramfs (twice while it is unpacked), page tables.
 const MORE_MIB: usize = 256;
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -25,15 +26,16 @@ const LINE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What machines are made from.
 #[derive(Clone, Debug)]
-pub(super) struct Parts {
+pub struct Parts {
     kernel: PathBuf,
     initramfs: PathBuf,
-    pub(super) accelerator: Accelerator,
+    /// What runs the guest's instructions.
+    pub accelerator: Accelerator,
 }
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Accelerator {
+pub enum Accelerator {
     /// The processor.
     Kvm,
     /// QEMU's translator. A read that waits for its page waits in the same way; others take longer.
@@ -50,7 +52,9 @@ impl Accelerator {
         if has_help && opens() { Self::Kvm } else { Self::Tcg }
     }
 
-    pub(super) const fn name(self) -> &'static str {
+    /// What QEMU calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
@@ -66,22 +70,29 @@ impl Accelerator {
 }
 
 impl Parts {
-    /// Why there can be no machine here, or the kernel to boot.
-    pub(super) fn kernel() -> Result<PathBuf, String> {
+    /// The kernel to boot.
+    ///
+    /// # Errors
+    /// Why there can be no machine here.
+    pub fn kernel() -> Result<PathBuf, String> {
         if !is_installed(QEMU) {
             return Err(format!("there is no {QEMU}; scripts/setup --qemu installs it"));
         }
         let own = std::env::current_exe().unwrap_or_default();
-        let places = own.ancestors().skip(2).take(2).map(|dir| dir.join("guest-kernel/vmlinuz"));
+        // A test's program is one directory further down.
+        let places = own.ancestors().skip(2).take(3).map(|dir| dir.join("guest-kernel/vmlinuz"));
         let mut places = places.chain([PathBuf::from("target/guest-kernel/vmlinuz")]);
         places
             .find(|path| path.exists())
             .ok_or_else(|| "there is no kernel for the guest; scripts/setup --qemu fetches it".to_owned())
     }
 
-    /// Makes the guest's root file system, in `dir`: this program as the first process, and what it is linked with.
-    pub(super) fn new(kernel: PathBuf, dir: &Path) -> anyhow::Result<Self> {
-        let own = std::env::current_exe()?;
+    /// Makes the guest's root file system, in `dir`, of programs by their place in it, and what they are linked with. The one called
+    /// `init` is its first process.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
+    pub fn new(kernel: PathBuf, dir: &Path, programs: &[(&str, &Path)]) -> anyhow::Result<Self> {
         let mut archive = Archive::default();
         let mut made: Vec<PathBuf> = Vec::new();
         let mut directories = |archive: &mut Archive, path: &Path| {
@@ -97,8 +108,13 @@ impl Parts {
         };
         directories(&mut archive, Path::new("/dev/console"));
         archive.device("dev/console", (5, 1));
-        archive.program("init", &std::fs::read(&own)?);
-        for library in libraries(&own)? {
+        let mut linked = BTreeSet::new();
+        for (place, program) in programs {
+            directories(&mut archive, &Path::new("/").join(place));
+            archive.program(place, &std::fs::read(program)?);
+            linked.extend(libraries(program)?);
+        }
+        for library in linked {
             directories(&mut archive, &library);
             archive.program(&in_archive(&library), &std::fs::read(&library)?);
         }
@@ -125,38 +141,50 @@ fn parse_ldd(text: &str) -> Vec<PathBuf> {
     text.lines().filter_map(path).collect()
 }
 
+/// What a machine is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Guest<'a> {
+    /// Memory besides what the kernel needs.
+    pub mib: usize,
+    /// Processors.
+    pub processors: usize,
+    /// Further words for its kernel.
+    pub kernel_line: &'a str,
+    /// Arguments of its first process.
+    pub arguments: &'a str,
+    /// Whether it waits for a migration.
+    pub is_incoming: bool,
+}
+
 /// A running machine. Dropping it ends it.
 #[derive(Debug)]
-pub(super) struct Machine {
+pub struct Machine {
     pub(super) qmp: Qmp,
     pub(super) tool: Tool,
     console: BufReader<UnixStream>,
 }
 
 impl Machine {
-    /// Starts one; `name` names its files in `dir`. An incoming one waits for a migration.
-    pub(super) fn start(
-        parts: &Parts,
-        name: &str,
-        mib: usize,
-        is_incoming: bool,
-        dir: &Path,
-    ) -> anyhow::Result<Self> {
+    /// Starts one; `name` names its files in `dir`.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn start(parts: &Parts, name: &str, guest: Guest<'_>, dir: &Path) -> anyhow::Result<Self> {
         let [control, console] = ["control", "console"].map(|what| dir.join(format!("{name}.{what}")));
         let mut command = Command::new(QEMU);
         // Ctrl-C is for the experiment, which lets the run in hand end; a machine has no end of its own.
         command.process_group(0).die_with_parent();
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        command.args(["-smp", &guest.processors.to_string()]);
         let accelerator = parts.accelerator;
         command.args(["-machine", &format!("pc,accel={}", accelerator.name()), "-cpu", accelerator.cpu()]);
-        command.args(["-m", &format!("{}M", mib + MORE_MIB)]);
+        command.args(["-m", &format!("{}M", guest.mib + MORE_MIB)]);
         command.arg("-kernel").arg(&parts.kernel).arg("-initrd").arg(&parts.initramfs);
-        // No huge pages: they would be split at the migration, and the measured reads are of 4 KiB pages.
-        let kernel_line = "console=ttyS0 quiet panic=-1 transparent_hugepage=never";
-        command.arg("-append").arg(format!("{kernel_line} -- workload guest --mib {mib}"));
+        let Guest { kernel_line, arguments, .. } = guest;
+        command.arg("-append").arg(format!("console=ttyS0 quiet panic=-1 {kernel_line} -- {arguments}"));
         command.args(["-serial", &format!("unix:{},server=on,wait=off", console.display())]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", control.display())]);
-        if is_incoming {
+        if guest.is_incoming {
             command.args(["-incoming", "defer"]);
         }
         let mut tool = Tool::start(QEMU, command, dir.join(format!("{name}.log")))?;
@@ -166,8 +194,11 @@ impl Machine {
         Ok(Self { qmp: Qmp::connect(&control)?, tool, console: BufReader::new(stream) })
     }
 
-    /// The next line of the guest's program.
-    pub(super) fn line(&mut self) -> anyhow::Result<String> {
+    /// The next line that the guest's program has marked.
+    ///
+    /// # Errors
+    /// If none comes in time.
+    pub fn line(&mut self) -> anyhow::Result<String> {
         let deadline = Instant::now() + LINE_LIMIT;
         let mut said = String::new();
         loop {

@@ -11,7 +11,7 @@
 
 mod cpio;
 mod guest;
-mod machine;
+pub mod machine;
 mod page;
 mod qmp;
 
@@ -23,7 +23,7 @@ use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
-pub use guest::{Options, run as run_guest};
+pub use guest::{MARK, Options, run as run_guest};
 pub use page::page;
 
 use crate::campaign::Campaign;
@@ -33,7 +33,7 @@ use crate::report::Latency;
 use crate::results::{Results, Row};
 use crate::scenario::RunOptions;
 use crate::workload::{field, touch_and_free};
-use machine::{Machine, Parts, QEMU};
+use machine::{Guest, Machine, Parts, QEMU};
 
 /// What it is called.
 pub const NAME: &str = "vs-qemu";
@@ -98,7 +98,7 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     };
     let programs = Programs::find(common)?;
     let dir = tempfile::Builder::new().prefix("postcopy-qemu-").tempdir_in("/dev/shm")?;
-    let parts = Parts::new(kernel, dir.path())?;
+    let parts = Parts::new(kernel, dir.path(), &[("init", &std::env::current_exe()?)])?;
     let mib = options.mib.unwrap_or(if options.smoke { 64 } else { 512 });
     let backgrounds: &[Background] =
         if options.smoke { &[Background::Unlimited] } else { &[Background::Unlimited, Background::Capped] };
@@ -152,8 +152,17 @@ fn ours(case: Case, run: usize, programs: &Programs, results: &mut Results) -> a
 
 fn qemu(case: Case, run: usize, parts: &Parts, results: &mut Results) -> anyhow::Result<String> {
     let dir = tempfile::Builder::new().prefix("postcopy-qemu-").tempdir_in("/dev/shm")?;
-    let mut source = Machine::start(parts, "source", case.mib, false, dir.path())?;
-    let mut destination = Machine::start(parts, "destination", case.mib, true, dir.path())?;
+    let arguments = format!("workload guest --mib {}", case.mib);
+    let guest = |is_incoming| Guest {
+        mib: case.mib,
+        processors: 1,
+        // No huge pages: they would be split at the migration, and the measured reads are of 4 KiB pages.
+        kernel_line: "transparent_hugepage=never",
+        arguments: &arguments,
+        is_incoming,
+    };
+    let mut source = Machine::start(parts, "source", guest(false), dir.path())?;
+    let mut destination = Machine::start(parts, "destination", guest(true), dir.path())?;
     let ready = source.line()?;
     ensure!(ready.starts_with("READY"), "the guest said {ready:?}");
     for machine in [&mut source, &mut destination] {

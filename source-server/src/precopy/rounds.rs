@@ -224,7 +224,7 @@ impl Copier<'_> {
         tree.tasks.retain(|task| task.pid == pid || before.contains(&task.pid));
         let mut round = self.copied.tracker().scan(&tree, Pass::Round);
         for task in &mut round.tasks {
-            if let (Method::WriteProtect, Ok(Some(why))) = (self.method, pins::of(task.pid)) {
+            if let (Method::WriteProtect | Method::SoftDirty, Ok(Some(why))) = (self.method, pins::of(task.pid)) {
                 task.untracked = Some(format!("{why}, through which memory is written unseen"));
             }
             if let Some(why) = task.untracked.as_ref().filter(|_| self.untracked.insert(task.task)) {

@@ -9,6 +9,7 @@ use kernel::write_protect::{Registration, WriteTracker};
 use protocol::units::PAGE_BYTES;
 
 use super::content::Content;
+use super::soft_dirty::{self, SoftDirty};
 use super::write_protect::WriteProtect;
 use super::{Method, Tracker};
 
@@ -19,18 +20,37 @@ pub type Refusal = (Method, String);
 #[must_use]
 pub fn choose() -> (Box<dyn Tracker>, Vec<Refusal>) {
     let mut refused = Vec::new();
-    let tracker: Box<dyn Tracker> = match write_protect_works() {
-        Ok(()) => Box::<WriteProtect>::default(),
-        Err(why) => {
-            refused.push((Method::WriteProtect, why));
-            Box::<Content>::default()
-        }
+    let mut best = || {
+        [Method::WriteProtect, Method::SoftDirty].into_iter().find_map(|method| match of(method) {
+            Ok(tracker) => Some(tracker),
+            Err(why) => {
+                tracing::info!(%method, why, "tracker not usable");
+                refused.push((method, why));
+                None
+            }
+        })
     };
-    for (method, why) in &refused {
-        tracing::info!(%method, why, "tracker not usable");
-    }
+    let tracker = best().unwrap_or_else(|| Box::<Content>::default());
     tracing::info!(method = %tracker.method(), "tracker chosen");
     (tracker, refused)
+}
+
+/// A tracker of this kind.
+///
+/// # Errors
+/// Why it cannot be used on this host.
+pub fn of(method: Method) -> Result<Box<dyn Tracker>, String> {
+    Ok(match method {
+        Method::WriteProtect => {
+            write_protect_works()?;
+            Box::<WriteProtect>::default()
+        }
+        Method::SoftDirty => {
+            soft_dirty::works()?;
+            Box::<SoftDirty>::default()
+        }
+        Method::Content => Box::<Content>::default(),
+    })
 }
 
 /// Tries everything that write protection needs on memory of this process.
@@ -84,9 +104,9 @@ mod tests {
     #[test]
     fn says_why_the_better_one_was_not_taken() {
         let (tracker, refused) = choose();
-        match tracker.method() {
-            Method::WriteProtect => assert!(refused.is_empty()),
-            Method::Content => assert!(!refused[0].1.is_empty(), "{refused:?}"),
-        }
+        let methods = refused.iter().map(|(method, _)| *method).chain([tracker.method()]);
+        let order = [Method::WriteProtect, Method::SoftDirty, Method::Content];
+        assert!(methods.eq(order.into_iter().take(refused.len() + 1)));
+        assert!(refused.iter().all(|(_, why)| !why.is_empty()), "{refused:?}");
     }
 }

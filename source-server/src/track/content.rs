@@ -14,17 +14,14 @@ use std::os::unix::fs::FileExt;
 use protocol::units::{ImageAddr, PAGE_BYTES, PAGE_SIZE, PageRun, TaskId};
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::page_map::{Entry, PageMap};
 use super::{Method, Pass, Round, Run, TaskRound, Tracker, areas, empty_round};
 use crate::process::{ProcessTree, Task, has_ended};
 
 /// Pages that are read at a time.
 const CHUNK_PAGES: u64 = 256;
-/// Pages whose hashes are kept together: those of a huge page.
+/// Pages whose entries are kept together: those of a huge page.
 const GROUP_PAGES: u64 = 512;
-/// Entries of the page map that are read at a time.
-const ENTRIES: usize = 8192;
-/// `/proc/PID/pagemap`: the page is in memory, or on swap.
-const THERE: u64 = 1 << 63 | 1 << 62;
 
 /// The tracker.
 #[derive(Debug)]
@@ -37,7 +34,7 @@ pub struct Content {
 impl Default for Content {
     fn default() -> Self {
         let chunk = vec![0; usize::try_from(CHUNK_PAGES).unwrap_or(1) * PAGE_SIZE];
-        Self { tasks: HashMap::new(), zero: xxh3_128(&chunk[..PAGE_SIZE]), room: chunk }
+        Self { tasks: HashMap::new(), zero: hash(&chunk[..PAGE_SIZE]), room: chunk }
     }
 }
 
@@ -47,14 +44,46 @@ impl Tracker for Content {
     }
 
     fn scan(&mut self, tree: &ProcessTree, _pass: Pass) -> Round {
+        self.scan_by(tree, |_, _, entry| entry.is_there().then_some(Look::Compare))
+    }
+
+    fn copied(&mut self, task: TaskId, start: ImageAddr, pages: &[u8]) {
+        let hashes = self.tasks.entry(task).or_default();
+        for (number, page) in (0..).zip(pages.chunks_exact(PAGE_SIZE)) {
+            hashes.set(start.add(number), hash(page));
+        }
+    }
+
+    fn disarm(self: Box<Self>) {}
+}
+
+/// What is done to find out whether a page was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// It is read, and compared with what was copied.
+    Compare,
+    /// It was.
+    Written,
+    /// It was not: it holds what was copied of it, if that was copied.
+    Unwritten,
+}
+
+impl Content {
+    /// Scans all tasks, and asks how to look at each page; `None` for one that is not there.
+    pub(super) fn scan_by(
+        &mut self,
+        tree: &ProcessTree,
+        mut look: impl FnMut(TaskId, ImageAddr, Entry) -> Option<Look>,
+    ) -> Round {
         self.tasks.retain(|id, _| tree.tasks.iter().any(|task| task.id == *id));
         let mut round = Round::default();
         for task in &tree.tasks {
-            let found = self.scan_task(task).or_else(|error| match has_ended(task.pid) {
+            let found = self.scan_task(task, |at, entry| look(task.id, at, entry));
+            let found = found.or_else(|error| match has_ended(task.pid) {
                 true => Ok(None),
                 false => Err(error),
             });
-            round.tasks.extend(found.unwrap_or_else(|error| {
+            round.tasks.extend(found.unwrap_or_else(|error: io::Error| {
                 self.tasks.remove(&task.id);
                 let untracked = Some(format!("read memory: {error}"));
                 Some(TaskRound { untracked, starts_again: true, ..empty_round(task) })
@@ -63,28 +92,32 @@ impl Tracker for Content {
         round
     }
 
-    fn copied(&mut self, task: TaskId, start: ImageAddr, pages: &[u8]) {
-        let hashes = self.tasks.entry(task).or_default();
-        for (number, page) in (0..).zip(pages.chunks_exact(PAGE_SIZE)) {
-            hashes.set(start.add(number), xxh3_128(page));
-        }
-    }
-
-    fn disarm(self: Box<Self>) {}
-}
-
-impl Content {
-    fn scan_task(&mut self, task: &Task) -> io::Result<Option<TaskRound>> {
+    fn scan_task(
+        &mut self,
+        task: &Task,
+        mut look: impl FnMut(ImageAddr, Entry) -> Option<Look>,
+    ) -> io::Result<Option<TaskRound>> {
         let mut round = empty_round(task);
         round.areas = areas::of(task.pid)?;
-        let there = PagesThere::open(task.pid)?;
+        let mut map = PageMap::open(task.pid)?;
         let memory = File::open(format!("/proc/{}/mem", task.pid))?;
         let before = self.tasks.remove(&task.id).unwrap_or_default();
         // What is not there now is not taken over: it counts as written when it comes back.
         let mut now = Hashes::default();
         let mut found = Vec::new();
         for &area in &round.areas {
-            there.each(area, |run| self.compare(&memory, run, &before, &mut now, &mut found))?;
+            map.runs(area, &mut look, |run, look| match look {
+                Look::Compare => self.compare(&memory, run, &before, &mut now, &mut found),
+                Look::Written => (0..run.pages).for_each(|page| report(&mut found, run.start.add(page), false)),
+                Look::Unwritten => {
+                    for address in (0..run.pages).map(|page| run.start.add(page)) {
+                        match before.get(address) {
+                            0 => report(&mut found, address, false),
+                            hash => now.set(address, hash),
+                        }
+                    }
+                }
+            })?;
             // Pages of two areas are never one run.
             round.runs.append(&mut found);
         }
@@ -108,9 +141,9 @@ impl Content {
             let bytes = usize::try_from(pages).unwrap_or(0) * PAGE_SIZE;
             let got = memory.read_at(&mut self.room[..bytes], start.get()).unwrap_or(0) / PAGE_SIZE;
             for (number, page) in (0..).zip(self.room[..got * PAGE_SIZE].chunks_exact(PAGE_SIZE)) {
-                let (address, hash) = (start.add(number), xxh3_128(page));
+                let (address, hash) = (start.add(number), hash(page));
                 // What is reported is known again when it is copied: until then nobody has it.
-                match before.get(address) == Some(hash) {
+                match before.get(address) == hash {
                     true => now.set(address, hash),
                     false => report(runs, address, hash == self.zero),
                 }
@@ -132,59 +165,33 @@ fn report(runs: &mut Vec<Run>, address: ImageAddr, zero: bool) {
     }
 }
 
-/// The hashes of what was copied.
-#[derive(Debug, Default)]
-struct Hashes(HashMap<u64, Box<[Option<u128>]>>);
+/// What a page is known by; never 0.
+fn hash(page: &[u8]) -> u128 {
+    xxh3_128(page).max(1)
+}
 
-impl Hashes {
+/// The hashes of what was copied; 0 where nothing was.
+type Hashes = ByPage<u128>;
+
+/// A value for each page, the default where none was set.
+#[derive(Debug, Default)]
+pub(super) struct ByPage<T>(HashMap<u64, Box<[T]>>);
+
+impl<T: Copy + Default> ByPage<T> {
     fn place(address: ImageAddr) -> (u64, usize) {
         let page = address.get() / PAGE_BYTES;
         (page / GROUP_PAGES, usize::try_from(page % GROUP_PAGES).unwrap_or(0))
     }
 
-    fn get(&self, address: ImageAddr) -> Option<u128> {
+    pub(super) fn get(&self, address: ImageAddr) -> T {
         let (group, index) = Self::place(address);
-        self.0.get(&group)?[index]
+        self.0.get(&group).map_or_else(T::default, |group| group[index])
     }
 
-    fn set(&mut self, address: ImageAddr, hash: u128) {
+    pub(super) fn set(&mut self, address: ImageAddr, value: T) {
         let (group, index) = Self::place(address);
-        let empty = || vec![None; usize::try_from(GROUP_PAGES).unwrap_or(0)].into_boxed_slice();
-        self.0.entry(group).or_insert_with(empty)[index] = Some(hash);
-    }
-}
-
-/// Which pages are there, from `/proc/PID/pagemap`.
-struct PagesThere(File);
-
-impl PagesThere {
-    fn open(pid: u32) -> io::Result<Self> {
-        File::open(format!("/proc/{pid}/pagemap")).map(Self)
-    }
-
-    /// Hands each run of pages of an area that are in memory or on swap to `each`.
-    fn each(&self, area: PageRun, mut each: impl FnMut(PageRun)) -> io::Result<()> {
-        let mut room = vec![0; ENTRIES * 8];
-        let mut open: Option<PageRun> = None;
-        let mut next = area.start;
-        while next < area.end() {
-            let wanted = usize::try_from(area.end().pages_since(next)).unwrap_or(ENTRIES).min(ENTRIES) * 8;
-            let got = self.0.read_at(&mut room[..wanted], next.get() / PAGE_BYTES * 8)? / 8;
-            if got == 0 {
-                break;
-            }
-            for entry in room[..got * 8].chunks_exact(8) {
-                let is_there = entry.try_into().is_ok_and(|entry| u64::from_ne_bytes(entry) & THERE != 0);
-                match (&mut open, is_there) {
-                    (Some(run), true) => run.pages += 1,
-                    (None, true) => open = PageRun::new(next, 1),
-                    (_, false) => open.take().into_iter().for_each(&mut each),
-                }
-                next = next.add(1);
-            }
-        }
-        open.into_iter().for_each(each);
-        Ok(())
+        let empty = || vec![T::default(); usize::try_from(GROUP_PAGES).unwrap_or(0)].into_boxed_slice();
+        self.0.entry(group).or_insert_with(empty)[index] = value;
     }
 }
 
@@ -200,7 +207,7 @@ mod tests {
         hashes.set(page(512), 2);
         assert_eq!(
             (hashes.get(page(511)), hashes.get(page(512)), hashes.get(page(513))),
-            (Some(1), Some(2), None)
+            (1, 2, 0)
         );
     }
 
@@ -220,7 +227,7 @@ mod tests {
         assert!(scan(1, &known).0);
         let mut copy = [0; PAGE_SIZE];
         memory.read_exact_at(&mut copy, page.start.get()).unwrap();
-        known.set(page.start, xxh3_128(&copy));
+        known.set(page.start, hash(&copy));
         assert!(!scan(1, &known).0);
         let (changed, known) = scan(2, &known);
         assert!(changed);

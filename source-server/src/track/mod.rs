@@ -10,6 +10,8 @@
 //! ever missing; a page may be reported without need. Only what CRIU makes lazy is looked at ([`areas`]).
 //!
 //! - [`write_protect`]: the kernel notes the first write to each page (Linux 6.7)
+//! - [`soft_dirty`]: the kernel keeps a bit for each page (Linux 3.11, where it was built in); every round reads all memory
+//!   as well, the last look does not
 //! - [`content`]: pages are read and compared with what was copied; works everywhere, and reads all memory each round
 //! - [`choice`]: which of them this host can do; [`pins`]: which tasks may be written past it
 //!
@@ -26,7 +28,9 @@ use crate::process::{ProcessTree, Task};
 pub mod areas;
 pub mod choice;
 pub mod content;
+mod page_map;
 pub mod pins;
+pub mod soft_dirty;
 pub mod write_protect;
 
 /// How writes are found.
@@ -34,6 +38,8 @@ pub mod write_protect;
 pub enum Method {
     /// Asynchronous write protection by userfaultfd.
     WriteProtect,
+    /// The kernel's soft-dirty bits.
+    SoftDirty,
     /// Comparison of content.
     Content,
 }
@@ -42,6 +48,7 @@ impl std::fmt::Display for Method {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::WriteProtect => "write-protect",
+            Self::SoftDirty => "soft-dirty",
             Self::Content => "content",
         })
     }
