@@ -18,6 +18,7 @@ use crate::lanes::{LaneCount, Pace};
 use crate::limits;
 use crate::mover::{GiveUp, MoveConfig, MoveError, Mover, StoreKind};
 use crate::page_server::{self, Pages};
+use crate::precopy::compression::Compress;
 use crate::precopy::policy::Rounds;
 
 /// Exit status for wrong usage and failed preflight.
@@ -107,6 +108,9 @@ struct MoveArguments {
     /// How fast it is copied ahead: bytes per second (K, M, G), or unlimited
     #[arg(long, default_value = limits::PRECOPY_RATE, value_name = "RATE", value_parser = precopy_pace)]
     precopy_rate: Pace,
+    /// Compress what is copied ahead: auto where that is faster on this link, off never, lz4 whatever gets smaller
+    #[arg(long, default_value = "auto", value_name = "auto|off|lz4")]
+    compress: Compress,
     /// Where pages wait: pipes frees them as they arrive, frozen keeps the stopped tasks until the end
     #[arg(long, default_value = "pipes")]
     store: StoreArgument,
@@ -261,6 +265,7 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         push_lanes: arguments.push_lanes,
         precopy_rounds: arguments.precopy_rounds,
         precopy_pace: arguments.precopy_rate,
+        compress: arguments.compress,
         give_up: arguments.give_up_after.unwrap_or(GiveUp::Default),
         hooks: arguments.hooks,
         criu: arguments.common.criu,
@@ -311,6 +316,7 @@ fn run_resume(arguments: ResumeArguments) -> ExitCode {
         push_lanes: LaneCount::Exactly(description.lanes.1),
         precopy_rounds: Rounds::Off,
         precopy_pace: Pace::Off,
+        compress: Compress::Off,
         give_up: arguments.give_up_after.unwrap_or(GiveUp::Default),
         hooks: arguments.hooks,
         criu: arguments.common.criu,

@@ -80,6 +80,12 @@ pub const PRECOPY_SILENCE: Duration = Duration::from_secs(30);
 pub const PRECOPY_GROWTH: (u64, u64) = (4, 16 << 20);
 /// Niceness of the thread that copies while the tree works.
 pub const PRECOPY_NICENESS: i32 = 10;
+/// A link that takes a byte in less than so many nanoseconds (1 GB/s) is faster than LZ4 on one processor.
+pub const COMPRESS_ABOVE_NS_PER_BYTE: f64 = 1.0;
+/// One batch of so many is sent the other way, to see whether that has become the faster one.
+pub const COMPRESS_TRY_OTHER: u32 = 64;
+/// Batches with fewer bytes of pages say little about the link: they may fit into a buffer of ours.
+pub const COMPRESS_MEASURED_BYTES: u64 = 512 << 10;
 /// Pace of pre-copy by default. See docs/measuring.md.
 pub const PRECOPY_RATE: &str = "192M";
 /// Processors that there have to be for each lane of a kind: its threads at both ends, and as many for the process.

@@ -6,6 +6,7 @@ use anyhow::{Context, bail, ensure};
 use protocol::link::Stream;
 use protocol::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, RunFrame};
+use protocol::wire::lz4::decompress;
 use protocol::wire::precopy::{Areas, Round};
 
 /// What came, by task and address.
@@ -43,7 +44,7 @@ impl Kept {
                     ensure!(seen.insert(areas.task), "areas of task {} twice in a round", areas.task);
                     kept.keep_within(areas);
                 }
-                Kind::Precopy | Kind::PrecopyZero => came += kept.take(&head, &body)?,
+                Kind::Precopy | Kind::PrecopyLz4 | Kind::PrecopyZero => came += kept.take(&head, &body)?,
                 Kind::Round => {
                     let round = Round::decode(&body)?;
                     kept.rounds.push(std::mem::take(&mut came));
@@ -77,6 +78,12 @@ impl Kept {
         let frame = RunFrame::decode(&whole)?;
         ensure!(frame.data_len == data.len() && frame.id == self.rounds.len() as u64 + 1, "{frame:?}");
         let run = frame.what.run;
+        let mut unpacked = Vec::new();
+        if frame.kind == Kind::PrecopyLz4 {
+            unpacked.resize(usize::try_from(run.pages)? * PAGE_SIZE, 0);
+            decompress(data, &mut unpacked)?;
+        }
+        let data = if unpacked.is_empty() { data } else { &unpacked };
         let areas = self.areas.get(&frame.what.task).context("no areas before")?;
         let inside = |area: &PageRun| area.start <= run.start && run.end() <= area.end();
         ensure!(areas.iter().any(inside), "{frame:?} lies in no area");

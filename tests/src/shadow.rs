@@ -158,7 +158,8 @@ pub fn pages_there(pid: u32) -> Vec<u64> {
     for area in areas::of(pid).expect("areas") {
         let mut entries = vec![0; usize::try_from(area.pages).expect("an area") * 8];
         map.read_exact_at(&mut entries, area.start.get() / PAGE_BYTES * 8).expect("entries of the page map");
-        let entries = entries.chunks_exact(8).map(|entry| u64::from_ne_bytes(entry.try_into().expect("8 bytes")));
+        let entries =
+            entries.chunks_exact(8).map(|entry| u64::from_ne_bytes(entry.try_into().expect("8 bytes")));
         let there = (0..).zip(entries).filter(|(_, entry)| entry & PRESENT_OR_SWAPPED != 0);
         pages.extend(there.map(|(page, _)| area.start.add(page).get()));
     }

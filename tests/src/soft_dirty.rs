@@ -4,7 +4,7 @@ use std::path::Path;
 
 use source_server::process::ProcessTree;
 use source_server::track::choice::of;
-use source_server::track::{Method, Pass, Tracker};
+use source_server::track::{Method, Tracker};
 
 use crate::shadow::{Shadow, churn, go_on, reported, stop};
 use crate::subject::{Appearance, Subject};

@@ -1,14 +1,16 @@
 //! Hybrid moves: memory is copied ahead, round by round, and only what was written since is fetched behind the switchover.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+use experiments::lab::{Host, Lab, Rate};
 use experiments::stamp::Options;
 use nix::sys::signal::Signal;
+use protocol::units::pages_to_bytes;
 use tests::accounts::Memory;
 use tests::moves::{Ended, Move, Plan};
 use tests::site::Site;
 use tests::stamps::{self, Stamp, move_once};
 use tests::subject::Appearance;
-use tests::{MOVE, STEP, eventually, long, processes, programs};
+use tests::{MOVE, STEP, eventually, long, processes, programs, skip};
 
 /// What the source says about its last scan.
 #[derive(Debug)]
@@ -22,12 +24,15 @@ impl LastScan {
     fn of(ended: &Ended) -> Self {
         let line = ended.source.lines.iter().find(|line| line.contains("last scan"));
         let line = line.unwrap_or_else(|| panic!("no last scan: {:#?}", ended.source));
-        let number = |key: &str| {
-            let value = line.split_whitespace().find_map(|word| word.strip_prefix(key));
-            value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {key}: {line}"))
-        };
-        Self { lazy: number("lazy="), clean: number("clean=") }
+        Self { lazy: number(line, "lazy="), clean: number(line, "clean=") }
     }
+}
+
+/// The number behind `key` in a line that the source has said.
+#[track_caller]
+fn number(line: &str, key: &str) -> u64 {
+    let value = line.split_whitespace().find_map(|word| word.strip_prefix(key));
+    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {key}: {line}"))
 }
 
 fn hybrid(rounds: &str) -> Plan<'static> {
@@ -132,6 +137,40 @@ fn of_an_idle_process_hardly_a_page_is_fetched() {
     assert_fetched(&ended, Memory::Steady);
     let pages = ended.destination.report().pages;
     assert!(pages.demand + pages.push < 64, "{pages:?}");
+}
+
+#[test]
+fn copies_are_compressed_on_a_slow_link_and_not_on_a_fast_one() {
+    let Some(site) = Site::new() else { return };
+    let lab = match Lab::new() {
+        Ok(lab) => lab,
+        Err(error) => return skip(format!("no network namespaces: {error:#}")),
+    };
+    // Of 96 MiB, which the slow one takes four seconds for.
+    for rate in [None, Some(Rate { mbit: 200 })] {
+        if let Err(error) =
+            lab.shape(Host::Destination, rate).or_else(|error| rate.map_or(Ok(()), |_| Err(error)))
+        {
+            return skip(format!("links cannot be slowed down: {error:#}"));
+        }
+        let options = Options { mib: 96, threads: 1, rate_us: 10_000, ..stamps::options(&site, "linked") };
+        let mut stamp = Stamp::start_as(lab.run_in(Host::Source, programs::program("experiments")), &options);
+        let plan = Plan { lab: Some(&lab), ..hybrid("1") };
+        let ended = plan.run(&site, stamp.pid());
+        ended.assert_arrived(Memory::Steady);
+        assert_fetched(&ended, Memory::Steady);
+        let line = ended.source.lines.iter().find(|line| line.contains("compressed=")).expect("a round");
+        let (sent, compressed) = (number(line, "sent="), number(line, "compressed="));
+        let bytes = ended.source.report().bytes.precopy;
+        println!("{rate:?}: {compressed} of {sent} pages compressed, {bytes} bytes");
+        match rate {
+            Some(_) => assert!(compressed > sent / 2 && bytes < pages_to_bytes(sent) / 4 * 3, "{line}"),
+            None => assert!(compressed < sent / 10, "{line}"),
+        }
+        stamp.mark_moved();
+        stamp.assert_unharmed();
+        stamp.quit();
+    }
 }
 
 /// It is frozen again and again, and runs in between, armed; in the end CRIU copies all of it, and nothing is lazy.

@@ -13,6 +13,7 @@ use protocol::lazy_map::LazyMap;
 use protocol::link::Stream;
 use protocol::units::{ImageAddr, PAGE_SIZE, PageRun};
 use source_server::lanes::Pace;
+use source_server::precopy::compression::Compress;
 use source_server::precopy::policy::Rounds;
 use source_server::precopy::rounds::{Plan, RoundsError, Shared, run};
 use source_server::precopy::{Copied, LastScan, most_pages};
@@ -30,7 +31,13 @@ use tests::{STEP, eventually, processes};
 fn plan(root: u32, rounds: &str) -> Plan {
     let tree = ProcessTree::of(root).unwrap();
     let most_pages = most_pages(tree.memory_bytes());
-    Plan { root, rounds: rounds.parse().unwrap(), pace: Pace::Unlimited, most_pages }
+    Plan {
+        root,
+        rounds: rounds.parse().unwrap(),
+        pace: Pace::Unlimited,
+        most_pages,
+        compress: Compress::Auto,
+    }
 }
 
 /// Rounds, received by a thread that closes the lane after so many.

@@ -210,14 +210,21 @@ impl Measured {
         self.mib as f64 / 1024.0
     }
 
-    /// Blackout less the two phases in which CRIU works, its dump behind the freeze and its restore; of our tools only.
+    /// How long CRIU works within the blackout, behind the freeze: its dump and its restore; of our tools only.
     #[must_use]
-    pub fn own_share_ms(&self) -> Option<f64> {
+    pub fn criu_ms(&self) -> Option<(f64, f64)> {
         let (source, destination) = self.reports.as_ref()?;
         let phase = |report: &MoveReport, name: &str| {
             report.phases.iter().filter(|phase| phase.name == name).map(|phase| phase.ms).sum::<f64>()
         };
-        Some(source.blackout_ms - phase(source, "dump") - phase(destination, "restore"))
+        Some((phase(source, "dump"), phase(destination, "restore")))
+    }
+
+    /// Blackout less the two phases in which CRIU works; of our tools only.
+    #[must_use]
+    pub fn own_share_ms(&self) -> Option<f64> {
+        let ((source, _), (dump, restore)) = self.reports.as_ref().zip(self.criu_ms())?;
+        Some(source.blackout_ms - dump - restore)
     }
 
     /// The columns that every mover has, in the order of the table.

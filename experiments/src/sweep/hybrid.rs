@@ -58,6 +58,8 @@ pub(super) fn add_to(measured: &Measured, row: &mut Row) {
     let mib = |bytes: fn(&MoveReport) -> u64| source.map(|report| bytes(report) as f64 / f64::from(1 << 20));
     row.push("after_mib", mib(|report| report.bytes.fault_lane + report.bytes.push_lane));
     row.push("ahead_mib", mib(|report| report.bytes.precopy));
+    row.push("dump_ms", measured.criu_ms().map(|(dump, _)| dump));
+    row.push("restore_ms", measured.criu_ms().map(|(_, restore)| restore));
     row.push("total_ms", source.map(|report| report.total_ms));
     row.push("remote_faults", source.map(|report| report.fault_latency_us.count as f64));
     let pages = |count: fn(&PagesByOrigin) -> u64| source.map(|report| count(&report.pages) as f64);
@@ -80,6 +82,9 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
     );
     let told = [
         "blackout_ms",
+        "dump_ms",
+        "restore_ms",
+        "own_share_ms",
         "last_page_ms",
         "total_ms",
         "after_mib",

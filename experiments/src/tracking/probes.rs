@@ -15,6 +15,7 @@ use kernel::write_protect::{Registration, WriteTracker};
 use protocol::link::Stream;
 use protocol::wire::frame::{HEADER_LEN, Header, Kind};
 use protocol::wire::precopy::Round;
+use source_server::precopy::compression::Compress;
 use source_server::precopy::most_pages;
 use source_server::precopy::rounds::{self, Plan, Shared};
 use source_server::process::ProcessTree;
@@ -188,6 +189,7 @@ pub(super) fn copy(mib: usize, threads: usize, rate: &str, smoke: bool) -> anyho
         rounds: "3".parse().map_err(Error::msg)?,
         pace: rate.parse().map_err(Error::msg)?,
         most_pages: most_pages(tree.memory_bytes()),
+        compress: Compress::default(),
     };
     let (ours, theirs) = UnixStream::pair()?;
     let (ours, theirs) = (Stream::Unix(ours), Stream::Unix(theirs));

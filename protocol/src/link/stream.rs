@@ -54,12 +54,24 @@ impl Stream {
         Self::dial_within(endpoint, hello, limits::HELLO_TIMEOUT)
     }
 
+    /// As [`Stream::dial`]; says which version the peer has chosen as well.
+    ///
+    /// # Errors
+    /// As [`Stream::dial`].
+    pub fn dial_versioned(endpoint: &Endpoint, hello: &Hello) -> Result<(Self, u16), LinkError> {
+        Self::open(endpoint, hello, limits::HELLO_TIMEOUT)
+    }
+
     /// As [`Stream::dial`], with at most `limit` for the connection to be made, for the handshake, and for each part
     /// of the hello: who dials again and again need not wait for a packet that was lost.
     ///
     /// # Errors
     /// As [`Stream::dial`].
     pub fn dial_within(endpoint: &Endpoint, hello: &Hello, limit: Duration) -> Result<Self, LinkError> {
+        Self::open(endpoint, hello, limit).map(|(stream, _)| stream)
+    }
+
+    fn open(endpoint: &Endpoint, hello: &Hello, limit: Duration) -> Result<(Self, u16), LinkError> {
         let fail = |source| LinkError::Io { doing: "connect to", endpoint: endpoint.to_string(), source };
         let deadline = Instant::now() + limit;
         let connect = |addr: &SocketAddr| tcp::connect(*addr, limit);
@@ -85,12 +97,14 @@ impl Stream {
             Endpoint::Tls(to) | Endpoint::Quic(to) => LinkError::tls(to, TlsError::of_stream(error)),
             _ => fail(error),
         })?;
-        decode_reply(&reply).map_err(|source| LinkError::Hello { endpoint: endpoint.to_string(), source })?;
+        let version = decode_reply(&reply)
+            .map_err(|source| LinkError::Hello { endpoint: endpoint.to_string(), source })?;
         stream.set_timeout(None).map_err(fail)?;
-        match stream {
-            Self::Quic(stream) => Ok(Self::Quic(stream.for_role(hello.role).map_err(fail)?)),
-            stream => Ok(stream),
-        }
+        let stream = match stream {
+            Self::Quic(stream) => Self::Quic(stream.for_role(hello.role).map_err(fail)?),
+            stream => stream,
+        };
+        Ok((stream, version))
     }
 
     /// Answers a hello, and tunes the socket for `role` if it was accepted.

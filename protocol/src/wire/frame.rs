@@ -9,7 +9,8 @@
 //!                                                  8  u64  address
 //! ```
 //!
-//! `Pages` and `Precopy` have `pages * 4096` bytes of data; the other kinds that begin with a run have none. An answer on
+//! `Pages` and `Precopy` have `pages * 4096` bytes of data, `PrecopyLz4` fewer than that ([`super::lz4`]); the other kinds
+//! that begin with a run have none. An answer on
 //! the fault lane carries the id of the question; on the push lane the id counts frames.
 
 use super::codec::{CodecError, Decoder, bounded};
@@ -75,6 +76,8 @@ pub enum Kind {
     Areas = 24,
     /// A round of pre-copy is over.
     Round = 25,
+    /// As `Precopy`, compressed.
+    PrecopyLz4 = 26,
 }
 
 impl Kind {
@@ -104,6 +107,7 @@ impl Kind {
             23 => Self::PrecopyZero,
             24 => Self::Areas,
             25 => Self::Round,
+            26 => Self::PrecopyLz4,
             _ => return None,
         })
     }
@@ -112,7 +116,9 @@ impl Kind {
     const fn body_max(self) -> usize {
         match self {
             Self::Demand | Self::Prefetch | Self::Settled | Self::Declined | Self::PrecopyZero => RUN_LEN,
-            Self::Pages | Self::Precopy => RUN_LEN + limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE,
+            Self::Pages | Self::Precopy | Self::PrecopyLz4 => {
+                RUN_LEN + limits::PAGES_PER_FRAME_MAX as usize * PAGE_SIZE
+            }
             Self::Ack => 4 + limits::RUNS_PER_ACK_MAX * RUN_LEN,
             Self::Areas => precopy::AREAS_HEAD + limits::AREAS_MAX * precopy::AREA_LEN,
             Self::Round => precopy::ROUND_LEN,
@@ -225,7 +231,7 @@ pub struct RunFrame {
     pub id: u64,
     /// Whose pages and which.
     pub what: TaskRun,
-    /// Bytes of page data that follow: `pages * 4096` for `Pages` and `Precopy`, else 0.
+    /// Bytes of page data that follow: `pages * 4096` for `Pages` and `Precopy`, fewer for `PrecopyLz4`, else 0.
     pub data_len: usize,
 }
 
@@ -239,19 +245,23 @@ impl RunFrame {
         let header = Header::decode(head)?;
         let max = match header.kind {
             Kind::Demand | Kind::Prefetch => limits::PAGES_PER_REQUEST_MAX,
-            Kind::Pages | Kind::Settled | Kind::Declined | Kind::Precopy | Kind::PrecopyZero => {
-                limits::PAGES_PER_FRAME_MAX
-            }
+            Kind::Pages
+            | Kind::Settled
+            | Kind::Declined
+            | Kind::Precopy
+            | Kind::PrecopyZero
+            | Kind::PrecopyLz4 => limits::PAGES_PER_FRAME_MAX,
             other => return Err(CodecError::Meaning { field: "frame kind here", value: other as u64 }),
         };
         let what = TaskRun::decode(&mut Decoder::new(run), max)?;
-        let data_len = match header.kind {
-            Kind::Pages | Kind::Precopy => {
-                usize::try_from(what.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE)
-            }
-            _ => 0,
+        let whole = usize::try_from(what.run.pages).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
+        let data_len = header.body_len.saturating_sub(RUN_LEN);
+        let fits = match header.kind {
+            Kind::Pages | Kind::Precopy => data_len == whole,
+            Kind::PrecopyLz4 => 0 < data_len && data_len < whole,
+            _ => data_len == 0,
         };
-        if header.body_len != RUN_LEN + data_len {
+        if header.body_len < RUN_LEN || !fits {
             return Err(CodecError::Meaning { field: "body length", value: header.body_len as u64 });
         }
         Ok(Self { kind: header.kind, id: header.id, what, data_len })
@@ -315,6 +325,10 @@ mod tests {
         assert!(broken(4, Kind::Offer as u8).is_err(), "a kind without a run");
         assert!(broken(6, 1).is_err(), "reserved bits");
         assert!(broken(0, 17).is_err(), "length that does not fit the pages");
+        assert!(broken(1, 0).is_err(), "a body that is shorter than its run");
+        let packed = |len| RunFrame::decode(&what(5, 0x7000, 2).frame(Kind::PrecopyLz4, 1, len));
+        assert_eq!(packed(100).unwrap().data_len, 100);
+        assert!(packed(0).is_err() && packed(8192).is_err(), "compressed to nothing, or to no less");
         assert!(broken(3, 0xff).is_err(), "oversized body");
         assert!(broken(20, 0).is_err(), "no pages");
         assert!(broken(23, 0xff).is_err(), "too many pages");

@@ -5,7 +5,9 @@ use std::time::Duration;
 /// Protocol versions this build speaks.
 pub const VERSION_MIN: u16 = 2;
 /// See [`VERSION_MIN`].
-pub const VERSION_MAX: u16 = 3;
+pub const VERSION_MAX: u16 = 4;
+/// Since when copies of pages may come compressed.
+pub const VERSION_OF_LZ4: u16 = 4;
 /// Since when a session may have more than one lane of a role.
 pub const VERSION_OF_LANES: u16 = 3;
 /// Most fault lanes and most push lanes of a session: a thread each at both ends.

@@ -31,6 +31,7 @@ pub mod control;
 pub mod frame;
 pub mod hello;
 pub mod limits;
+pub mod lz4;
 pub mod precopy;
 pub mod settled_map;
 pub mod switchover;

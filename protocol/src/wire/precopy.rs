@@ -3,7 +3,7 @@
 //! ```text
 //!   source                                          destination
 //!   Areas (task 1)  ──────────────────────────────▶  what it has of the task elsewhere is dropped
-//!   Precopy, PrecopyZero … ───────────────────────▶  kept by (task, address); a later copy replaces an earlier one
+//!   Precopy, PrecopyLz4, PrecopyZero … ───────────▶  kept by (task, address); a later copy replaces an earlier one
 //!   Areas (task 2) … ─────────────────────────────▶
 //!   Round 1 ──────────────────────────────────────▶
 //!   ◀────────────────────────────────────── Round 1  all of it is kept
@@ -12,8 +12,8 @@
 //!   ◀──────────────────────────────── Round n, last  then the freeze, and the lane carries `Pages`
 //! ```
 //!
-//! `Precopy` and `PrecopyZero` are frames that begin with a run ([`super::frame::RunFrame`]); their id is the number of
-//! the round. `Areas` and `Round` have these bodies:
+//! `Precopy`, `PrecopyLz4` and `PrecopyZero` are frames that begin with a run ([`super::frame::RunFrame`]); their id is the
+//! number of the round. `Areas` and `Round` have these bodies:
 //!
 //! ```text
 //!  Areas  0  u32  task             Round  0  u32  number, from 1

@@ -36,6 +36,7 @@ use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 use crate::kept::{self, Orphan};
 use crate::lanes::{LaneCount, LaneCounts, Lanes, Pace};
 use crate::precopy::Copied;
+use crate::precopy::compression::Compress;
 use crate::precopy::policy::Rounds;
 use crate::preflight;
 use crate::process::ProcessTree;
@@ -74,6 +75,8 @@ pub struct MoveConfig {
     pub precopy_rounds: Rounds,
     /// How fast.
     pub precopy_pace: Pace,
+    /// Whether what is copied ahead is compressed.
+    pub compress: Compress,
     /// How long a destination that was lost behind the switchover is dialled.
     pub give_up: GiveUp,
     /// The operator's hooks.

@@ -13,6 +13,7 @@ use protocol::wire::control::Control;
 use super::Mover;
 use super::session::{Next, Session};
 use crate::limits;
+use crate::precopy::compression::Compress;
 use crate::precopy::rounds::{Plan, RoundsError, Shared, Status};
 use crate::precopy::{Copied, rounds};
 use crate::process::ProcessTree;
@@ -26,6 +27,10 @@ pub(super) fn run(mover: &mut Mover, tree: &ProcessTree, session: &Session) -> R
         rounds: mover.config.precopy_rounds,
         pace: mover.config.precopy_pace,
         most_pages: session.precopy_pages,
+        compress: match session.takes_lz4 {
+            true => mover.config.compress,
+            false => Compress::Off,
+        },
     };
     // One thread copies.
     let lane = session.lanes.pushes.first().ok_or("there is no push lane")?;

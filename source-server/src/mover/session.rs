@@ -13,7 +13,7 @@ use protocol::bitmap::Bitmap;
 use protocol::link::{ControlChannel, ControlError, LinkError, Stream};
 use protocol::wire::control::{Clean, Control, ImageChunk};
 use protocol::wire::hello::{Hello, HelloError, Refusal, Role};
-use protocol::wire::limits::{CLEAN_PIECE_MAX, IMAGE_CHUNK_MAX};
+use protocol::wire::limits::{CLEAN_PIECE_MAX, IMAGE_CHUNK_MAX, VERSION_OF_LZ4};
 use protocol::wire::settled_map::Assembly;
 use protocol::wire::switchover::source::{Action, Event, Switchover};
 
@@ -67,6 +67,8 @@ pub(super) struct Session {
     pub(super) lanes: LaneStreams,
     /// Most pages of pre-copy that the destination has agreed to keep.
     pub(super) precopy_pages: u64,
+    /// Whether the destination understands compressed pages.
+    pub(super) takes_lz4: bool,
     /// How long the control connection took to be made.
     first_dial: Duration,
     /// How often the connections were made anew; 0 is never used again.
@@ -84,7 +86,8 @@ impl Session {
             MoveError::problem(format!("the destination did not answer the offer: {error}"), remedy)
         };
         let began = Instant::now();
-        let control = Stream::dial(&mover.config.to, &hello(Role::Control))?;
+        let (control, version) = Stream::dial_versioned(&mover.config.to, &hello(Role::Control))?;
+        let takes_lz4 = version >= VERSION_OF_LZ4;
         let control = ControlChannel::new(control).map_err(|e| broken(e.into()))?;
         let first_dial = began.elapsed();
         let mut offer = preflight::offer(tree, criu, &mover.config.criu_options);
@@ -119,7 +122,7 @@ impl Session {
         let lanes = LaneStreams::dial(mover.lanes, |role, lane, lanes| {
             Stream::dial(&mover.config.to, &hello(role).of_lane(lane, lanes))
         })?;
-        Ok(Self { control, lanes, precopy_pages, first_dial, attempt: 0 })
+        Ok(Self { control, lanes, precopy_pages, takes_lz4, first_dial, attempt: 0 })
     }
 
     /// The connections of a process that has ended, the `generation`th of its session: each begins with attempts of its
@@ -128,7 +131,8 @@ impl Session {
         let control = ControlChannel::new(Stream::Unix(UnixStream::pair()?.0))?;
         let lanes = LaneStreams::default();
         let attempt = generation.wrapping_mul(limits::ATTEMPTS_OF_A_PROCESS);
-        Ok(Self { control, lanes, precopy_pages: 0, first_dial: Duration::ZERO, attempt })
+        let (precopy_pages, first_dial) = (0, Duration::ZERO);
+        Ok(Self { control, lanes, precopy_pages, takes_lz4: false, first_dial, attempt })
     }
 
     /// Ends every connection: the destination sees it, and whoever waits on one here wakes up.

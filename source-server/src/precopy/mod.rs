@@ -6,6 +6,7 @@
 //!           └─────────────────────────────────────────────────────────────────┘
 //! ```
 //!
+//! - [`compression`]: whether pages are compressed
 //! - [`policy`]: whether there is another round
 //! - [`record`]: what the destination keeps, and which of it is up to date
 //! - [`rounds`]: the thread that scans, reads and sends
@@ -13,6 +14,7 @@
 //! Nothing of the tree is changed. Reading is of processes that run: a page that is gone between scan and copy is not sent,
 //! one that is written meanwhile is found by the next scan.
 
+pub mod compression;
 mod pages;
 pub mod policy;
 pub mod record;

@@ -7,6 +7,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskId, pages_to_bytes};
 use protocol::wire::frame::{Kind, TaskRun};
+use protocol::wire::lz4::Compressor;
 
 use crate::limits::PRECOPY_BATCH_PAGES;
 
@@ -109,6 +110,18 @@ fn is_zero(page: &[u8]) -> bool {
 }
 
 impl Piece<'_> {
+    /// As [`Piece::frame`], compressed, if that makes it smaller.
+    pub(super) fn packed<'c>(
+        &self,
+        task: TaskId,
+        round: u32,
+        compressor: &'c mut Compressor,
+    ) -> Option<([u8; 32], &'c [u8])> {
+        let block = compressor.compress(self.data).filter(|_| !self.zero)?;
+        let head = TaskRun { task, run: self.run }.frame(Kind::PrecopyLz4, u64::from(round), block.len());
+        Some((head, block))
+    }
+
     /// The frame's head, and its body behind that.
     pub(super) fn frame(&self, task: TaskId, round: u32) -> ([u8; 32], &[u8]) {
         let what = TaskRun { task, run: self.run };

@@ -7,16 +7,18 @@ use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use protocol::link::Stream;
 use protocol::units::{PageRun, TaskId, pages_to_bytes};
 use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{HEADER_LEN, Header, Kind};
 use protocol::wire::limits::AREAS_MAX;
+use protocol::wire::lz4::Compressor;
 use protocol::wire::precopy::{Areas, ROUND_LEN, Round as RoundEnd};
 
 use super::Copied;
+use super::compression::{Choice, Compress};
 use super::pages::Batch;
 use super::policy::{Decision, Policy, Rounds};
 use crate::lanes::{LaneError, Pace, Throttle};
@@ -40,6 +42,8 @@ pub struct Plan {
     pub pace: Pace,
     /// Most pages that the destination keeps.
     pub most_pages: u64,
+    /// Whether pages are compressed.
+    pub compress: Compress,
 }
 
 /// Why the rounds ended before their time. The tree runs, and is disarmed.
@@ -81,6 +85,8 @@ pub struct Status {
     pub written: u64,
     /// How many of them were sent.
     pub sent: u64,
+    /// How many of these went compressed.
+    pub compressed: u64,
     /// When it began.
     pub began: Instant,
     /// Bytes sent in all rounds.
@@ -106,7 +112,7 @@ pub struct Shared {
 
 impl Default for Shared {
     fn default() -> Self {
-        let status = Status { round: 0, written: 0, sent: 0, began: Instant::now(), bytes: 0 };
+        let status = Status { round: 0, written: 0, sent: 0, compressed: 0, began: Instant::now(), bytes: 0 };
         Self { stop: AtomicBool::new(false), status: Mutex::new(status) }
     }
 }
@@ -148,6 +154,8 @@ pub fn run(
         known: tree.tasks.iter().map(|task| task.pid).collect(),
         sender: Sender { lane, shared, throttle, out: Vec::with_capacity(OUT_BYTES) },
         batch: Batch::default(),
+        choice: Choice::new(plan.compress),
+        compressor: Compressor::default(),
         untracked: HashSet::new(),
     };
     copier.rounds()?;
@@ -164,6 +172,8 @@ struct Copier<'a> {
     known: HashSet<u32>,
     sender: Sender<'a>,
     batch: Batch,
+    choice: Choice,
+    compressor: Compressor,
     /// Tasks of which it was said that they cannot be tracked.
     untracked: HashSet<TaskId>,
 }
@@ -188,13 +198,14 @@ impl Copier<'_> {
             let last = decision.last();
             self.end(RoundEnd { number, last: last.is_some() })?;
             self.copied.record.keep_tasks(|task| round.tasks.iter().any(|found| found.task == task));
-            let sent = self.sender.shared.status().sent;
+            let Status { sent, compressed, .. } = self.sender.shared.status();
             policy.copied(sent, began.elapsed());
             let stood = round.stops.iter().map(|stop| stop.stood).max().unwrap_or_default();
             tracing::info!(
                 round = number,
                 written,
                 sent,
+                compressed,
                 ms = began.elapsed().as_millis(),
                 scan_ms = scanned.as_millis(),
                 armed = round.stops.len(),
@@ -224,7 +235,9 @@ impl Copier<'_> {
         tree.tasks.retain(|task| task.pid == pid || before.contains(&task.pid));
         let mut round = self.copied.tracker().scan(&tree, Pass::Round);
         for task in &mut round.tasks {
-            if let (Method::WriteProtect | Method::SoftDirty, Ok(Some(why))) = (self.method, pins::of(task.pid)) {
+            if let (Method::WriteProtect | Method::SoftDirty, Ok(Some(why))) =
+                (self.method, pins::of(task.pid))
+            {
                 task.untracked = Some(format!("{why}, through which memory is written unseen"));
             }
             if let Some(why) = task.untracked.as_ref().filter(|_| self.untracked.insert(task.task)) {
@@ -268,20 +281,29 @@ impl Copier<'_> {
     }
 
     fn send_batch(&mut self, round: u32, task: &TaskRound) -> Result<(), RoundsError> {
-        let (copied, sender) = (&mut self.copied, &mut self.sender);
-        let mut pages = 0;
+        let (copied, sender, compressor) = (&mut self.copied, &mut self.sender, &mut self.compressor);
+        let compress = self.choice.compresses();
+        let (mut pages, mut compressed) = (0, 0);
+        let (mut bytes, mut took) = (0, Duration::ZERO);
         self.batch.read(task.pid, |piece| -> Result<(), RoundsError> {
             if !copied.record.has_room(task.task, piece.run) {
                 return Ok(());
             }
-            let (head, data) = piece.frame(task.task, round);
+            let begun = Instant::now();
+            let packed = if compress { piece.packed(task.task, round, compressor) } else { None };
+            compressed += packed.map_or(0, |_| piece.run.pages);
+            let (head, data) = packed.unwrap_or_else(|| piece.frame(task.task, round));
             sender.send(&head, data)?;
+            if !piece.zero {
+                (bytes, took) = (bytes + piece.data.len() as u64, took + begun.elapsed());
+            }
             copied.record.sent(task.task, piece.run);
             copied.tracker().copied(task.task, piece.run.start, piece.data);
             pages += piece.run.pages;
             Ok(())
         })?;
-        sender.sent(pages)
+        self.choice.sent(compress, bytes, took);
+        sender.sent(pages, compressed)
     }
 
     /// Ends the round: the destination has it when this returns.
@@ -318,7 +340,7 @@ impl Sender<'_> {
     fn begin(&mut self, round: u32, written: u64) {
         self.throttle.restart();
         let mut status = self.shared.lock();
-        *status = Status { round, written, sent: 0, began: Instant::now(), ..*status };
+        *status = Status { round, written, sent: 0, compressed: 0, began: Instant::now(), ..*status };
     }
 
     fn send(&mut self, head: &[u8], data: &[u8]) -> Result<(), RoundsError> {
@@ -342,8 +364,10 @@ impl Sender<'_> {
     }
 
     /// Counts pages and holds to the pace: a zero page costs the tree as much as any other.
-    fn sent(&mut self, pages: u64) -> Result<(), RoundsError> {
-        self.shared.lock().sent += pages;
+    fn sent(&mut self, pages: u64, compressed: u64) -> Result<(), RoundsError> {
+        let mut status = self.shared.lock();
+        (status.sent, status.compressed) = (status.sent + pages, status.compressed + compressed);
+        drop(status);
         self.throttle.spent(pages_to_bytes(pages), &self.shared.stop);
         if self.shared.stop.load(Ordering::Relaxed) { Err(RoundsError::Stopped) } else { Ok(()) }
     }

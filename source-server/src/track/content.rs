@@ -108,7 +108,9 @@ impl Content {
         for &area in &round.areas {
             map.runs(area, &mut look, |run, look| match look {
                 Look::Compare => self.compare(&memory, run, &before, &mut now, &mut found),
-                Look::Written => (0..run.pages).for_each(|page| report(&mut found, run.start.add(page), false)),
+                Look::Written => {
+                    (0..run.pages).for_each(|page| report(&mut found, run.start.add(page), false))
+                }
                 Look::Unwritten => {
                     for address in (0..run.pages).map(|page| run.start.add(page)) {
                         match before.get(address) {
@@ -205,10 +207,7 @@ mod tests {
         let page = |number: u64| ImageAddr::containing(number * PAGE_BYTES);
         hashes.set(page(511), 1);
         hashes.set(page(512), 2);
-        assert_eq!(
-            (hashes.get(page(511)), hashes.get(page(512)), hashes.get(page(513))),
-            (1, 2, 0)
-        );
+        assert_eq!((hashes.get(page(511)), hashes.get(page(512)), hashes.get(page(513))), (1, 2, 0));
     }
 
     #[test]

@@ -105,11 +105,11 @@ mod tests {
         let area = PageRun::new(ImageAddr::containing(region.address() as u64), 64).unwrap();
         let mut map = PageMap::open(std::process::id()).unwrap();
         let mut found = Vec::new();
-        let class = |at: ImageAddr, entry: Entry| {
-            entry.is_there().then(|| at.pages_since(area.start) == 2)
-        };
-        map.runs(area, class, |run, second| found.push((run.start.pages_since(area.start), run.pages, second)))
-            .unwrap();
+        let class = |at: ImageAddr, entry: Entry| entry.is_there().then(|| at.pages_since(area.start) == 2);
+        map.runs(area, class, |run, second| {
+            found.push((run.start.pages_since(area.start), run.pages, second))
+        })
+        .unwrap();
         assert_eq!(found, [(1, 1, false), (2, 1, true), (3, 1, false), (9, 1, false), (63, 1, false)]);
     }
 

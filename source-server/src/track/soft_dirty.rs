@@ -68,7 +68,9 @@ impl Tracker for SoftDirty {
 impl SoftDirty {
     fn round(&mut self, tree: &ProcessTree) -> Round {
         // Of what cannot be cleared no frame is noted: it is compared again in the end.
-        let cleared = |pid| clear(pid).inspect_err(|error| tracing::debug!(pid, %error, "soft-dirty bits stay")).is_ok();
+        let cleared = |pid| {
+            clear(pid).inspect_err(|error| tracing::debug!(pid, %error, "soft-dirty bits stay")).is_ok()
+        };
         let cleared = tree.tasks.iter().filter(|task| cleared(task.pid)).map(|task| task.id);
         self.frames = cleared.map(|id| (id, ByPage::default())).collect();
         let frames = &mut self.frames;
@@ -115,8 +117,11 @@ pub(super) fn works() -> Result<(), String> {
     let mut map = PageMap::open(std::process::id()).map_err(failed("open page map"))?;
     let mut entry = || {
         let mut found = Entry::default();
-        let read = map.runs(page, |_, entry| Some(found = entry), |_, ()| {});
-        read.map(|()| found).map_err(failed("read page map"))
+        let note = |_, entry| {
+            found = entry;
+            None::<()>
+        };
+        map.runs(page, note, |_, ()| {}).map(|()| found).map_err(failed("read page map"))
     };
     region.page(0)[0].store(1, Relaxed);
     clear(std::process::id()).map_err(failed("clear soft-dirty bits"))?;

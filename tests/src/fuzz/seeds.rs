@@ -14,6 +14,7 @@ use protocol::wire::control::{
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, TaskRun, encode_ack};
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret, encode_reply};
 use protocol::wire::limits::VERSION_MAX;
+use protocol::wire::lz4::Compressor;
 use protocol::wire::precopy::{Areas, Round};
 use protocol::wire::settled_map::MapPiece;
 
@@ -78,6 +79,7 @@ fn wire(add: &mut Add<'_>) {
         (Kind::Declined, 0),
         (Kind::Precopy, 2 * PAGE_SIZE),
         (Kind::PrecopyZero, 0),
+        (Kind::PrecopyLz4, 300),
     ] {
         let frame = what.frame(kind, 3, data_len);
         add("frames", &format!("{kind:?}").to_lowercase(), frame.to_vec());
@@ -91,6 +93,8 @@ fn wire(add: &mut Add<'_>) {
         Areas { task: TaskId(12), starts_again: true, areas: vec![run(16, 4), run(20, 1), run(64, 9)] };
     add("precopy", "areas", areas.encode()[HEADER_LEN..].to_vec());
     add("precopy", "round", Round { number: 3, last: true }.encode()[HEADER_LEN..].to_vec());
+    let text: Vec<u8> = b"over and over ".iter().copied().cycle().take(PAGE_SIZE).collect();
+    add("precopy", "lz4", Compressor::default().compress(&text).unwrap_or_default().to_vec());
     for message in messages() {
         let (kind, body) = message.encode();
         let head = Header { kind, id: 1, body_len: body.len() }.encode();

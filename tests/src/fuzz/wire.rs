@@ -1,5 +1,6 @@
 //! Our own frames.
 
+use protocol::units::PAGE_SIZE;
 use protocol::wire::control::Control;
 use protocol::wire::frame::{
     HEADER_LEN, Header, Kind, RUN_HEADER_LEN, RunFrame, TaskRun, decode_ack, encode_ack,
@@ -8,6 +9,7 @@ use protocol::wire::hello::{
     HELLO_LEN, HELLO_REPLY_LEN, Hello, HelloError, decode_reply, encode_reply, is_ours,
 };
 use protocol::wire::limits::{self, MEMORY_PER_BYTE};
+use protocol::wire::lz4::{Compressor, decompress};
 use protocol::wire::precopy::{Areas, Round};
 
 use super::bounded;
@@ -103,7 +105,7 @@ pub fn fuzz_control(data: &[u8]) {
     assert!(encoded == body || format!("{message:?}").contains('\u{fffd}'));
 }
 
-/// The bodies of pre-copy: where a task has memory, and the end of a round.
+/// The bodies of pre-copy: where a task has memory, the end of a round, and a compressed page.
 ///
 /// # Panics
 /// If something is wrong.
@@ -114,5 +116,12 @@ pub fn fuzz_precopy(data: &[u8]) {
     }
     if let Ok(round) = bounded(data.len(), MEMORY_PER_BYTE, || Round::decode(data)) {
         assert_eq!(&round.encode()[HEADER_LEN..], data);
+    }
+    let mut page = [0; PAGE_SIZE];
+    if bounded(data.len(), MEMORY_PER_BYTE, || decompress(data, &mut page)).is_ok() {
+        if let Some(block) = Compressor::default().compress(&page) {
+            let mut again = [1; PAGE_SIZE];
+            assert!(decompress(block, &mut again).is_ok() && again == page);
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! The push lane before the freeze, destination's side: pages in, the ends of rounds out.
 
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::link::Stream;
+use protocol::units::pages_to_bytes;
 use protocol::wire::codec::CodecError;
 use protocol::wire::frame::{HEADER_LEN, Header, Kind, RUN_HEADER_LEN, RunFrame};
+use protocol::wire::lz4::decompress;
 use protocol::wire::precopy::{Areas, Round};
 
 use super::{CacheError, PageCache};
@@ -62,6 +64,9 @@ pub struct PrecopyProgress {
 pub struct PrecopyLane {
     stream: Stream,
     cache: PageCache,
+    /// A compressed frame and its pages, once one has come: a frame each.
+    block: Vec<u8>,
+    pages: Vec<u8>,
     progress: Arc<PrecopyProgress>,
 }
 
@@ -69,7 +74,7 @@ impl PrecopyLane {
     /// Over a stream whose hello is done; keeps at most `most` pages.
     #[must_use]
     pub const fn new(stream: Stream, most: u64, progress: Arc<PrecopyProgress>) -> Self {
-        Self { stream, cache: PageCache::new(most), progress }
+        Self { stream, cache: PageCache::new(most), block: Vec::new(), pages: Vec::new(), progress }
     }
 
     /// Keeps what comes until the last round is over; that is not answered yet.
@@ -97,13 +102,15 @@ impl PrecopyLane {
         self.progress.bytes.fetch_add((HEADER_LEN + header.body_len) as u64, Ordering::Relaxed);
         let mut ended = None;
         match header.kind {
-            Kind::Precopy | Kind::PrecopyZero => {
+            Kind::Precopy | Kind::PrecopyLz4 | Kind::PrecopyZero => {
                 self.stream.receive_all(run)?;
                 let frame = RunFrame::decode(&whole)?;
-                if frame.kind == Kind::Precopy {
-                    self.cache.fill(frame.what, frame.id, |part| self.stream.receive_all(part))?;
-                } else {
-                    self.cache.zero(frame.what, frame.id)?;
+                match frame.kind {
+                    Kind::Precopy => {
+                        self.cache.fill(frame.what, frame.id, |part| self.stream.receive_all(part))?;
+                    }
+                    Kind::PrecopyLz4 => self.unpack(&frame)?,
+                    _ => self.cache.zero(frame.what, frame.id)?,
                 }
             }
             Kind::Areas => self.cache.areas(Areas::decode(&self.body(header.body_len)?)?)?,
@@ -119,6 +126,17 @@ impl PrecopyLane {
         }
         self.progress.kept.store(self.cache.pages(), Ordering::Relaxed);
         Ok(ended)
+    }
+
+    /// Keeps the pages of a compressed frame: as many as it names, or none.
+    fn unpack(&mut self, frame: &RunFrame) -> Result<(), PrecopyError> {
+        self.block.resize(frame.data_len, 0);
+        self.stream.receive_all(&mut self.block)?;
+        // Both are within the bound of a frame, which was checked.
+        self.pages.resize(usize::try_from(pages_to_bytes(frame.what.run.pages)).unwrap_or(0), 0);
+        decompress(&self.block, &mut self.pages)?;
+        let mut rest = &self.pages[..];
+        Ok(self.cache.fill(frame.what, frame.id, |part| rest.read_exact(part))?)
     }
 
     /// A body within the bound of its kind.

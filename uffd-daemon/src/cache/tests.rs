@@ -6,6 +6,7 @@ use kernel::uffd::Install;
 use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, TaskAddr};
 use protocol::wire::frame::{Kind, encode_frame};
+use protocol::wire::lz4::Compressor;
 use std::cell::RefCell;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -271,6 +272,29 @@ fn precopy(number: u64, task: u32, page: u64, contents: &[u8]) -> Vec<u8> {
     head.into_iter().chain(contents.iter().flat_map(|byte| [*byte; PAGE_SIZE])).collect()
 }
 
+/// As [`precopy`], compressed, for as many pages as it says.
+fn packed(page: u64, pages: u64, contents: &[u8]) -> Vec<u8> {
+    let data: Vec<u8> = contents.iter().flat_map(|byte| [*byte; PAGE_SIZE]).collect();
+    let mut compressor = Compressor::default();
+    let block = compressor.compress(&data).unwrap();
+    let head = what(1, page, pages).frame(Kind::PrecopyLz4, 1, block.len());
+    [&head[..], block].concat()
+}
+
+#[test]
+fn compressed_pages_are_kept_as_they_were() {
+    let (lane, source, _) = lane(100);
+    source.send_all(&areas(1, &[(510, 20)]).encode(), false).unwrap();
+    source.send_all(&packed(510, 4, &[1, 2, 3, 4]), false).unwrap();
+    source.send_all(&packed(515, 1, &[5]), false).unwrap();
+    source.send_all(&Round { number: 1, last: true }.encode(), false).unwrap();
+    let (_, cache, _) = lane.run().unwrap();
+    let map = map(&[(1, &[(510, 4), (515, 1)])]);
+    let (kept, _) = cache.into_clean(&map, &Bitmap::full(5)).unwrap();
+    let expected = [1, 2, 3, 4, 5].map(Some);
+    assert_eq!(contents(&kept[0], &map.tasks()[0]), (0..5).zip(expected).collect::<Vec<_>>());
+}
+
 #[test]
 fn rounds_are_received_and_answered() {
     let (lane, source, progress) = lane(100);
@@ -322,6 +346,9 @@ fn a_lane_that_misbehaves_ends_with_a_reason() {
         (vec![&named[..], &what(1, 510, 6).frame(Kind::PrecopyZero, 1, 0)], "more than the 5 pages"),
         (vec![&Round { number: 2, last: true }.encode()[..]], "of round 2 in round 1"),
         (vec![&named[..], &other], "frame kind on this lane"),
+        (vec![&named[..], &packed(510, 3, &[1; 4])], "malformed"),
+        (vec![&named[..], &packed(510, 5, &[1; 4])], "malformed"),
+        (vec![&named[..], &packed(528, 4, &[1; 4])], "lie in no area"),
         (vec![&encode_frame(Kind::Areas, 0, &[0xff; 40])[..]], "malformed"),
         (vec![&[0xff; 64][..]], "malformed"),
     ] {
