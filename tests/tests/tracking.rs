@@ -7,12 +7,11 @@ use std::time::{Duration, Instant};
 use experiments::stamp::Options;
 use kernel::inject::userfaultfd_of;
 use nix::sys::signal::Signal;
-use protocol::units::PAGE_BYTES;
 use source_server::process::ProcessTree;
 use source_server::track::choice::{choose, of};
 use source_server::track::content::Content;
 use source_server::track::{Method, Pass};
-use tests::shadow::{churn, pages_there, reported};
+use tests::shadow::{Shadow, churn, go_on, pages_there, reported, stop};
 use tests::site::Site;
 use tests::stamps::{self, Stamp};
 use tests::subject::{Appearance, CALLS, Subject};
@@ -124,6 +123,52 @@ fn exactly_what_was_written_is_reported() {
     let after = Appearance::of(subject.pid());
     assert!(!after.is_armed() && !after.is_traced());
     assert_ne!(before, after, "areas came and went");
+}
+
+/// Entries keep the mark of protection where `mremap` takes them: written or not, they look protected there, and again
+/// where they are moved next or what comes to their old place.
+#[test]
+fn memory_that_is_moved_is_not_taken_for_protected() {
+    if write_protect().is_none() {
+        return;
+    }
+    let every: Vec<String> = (0..64).map(|page| page.to_string()).collect();
+    let every = format!("write 0 {}", every.join(" "));
+    for orders in [
+        &["move 0", "write 0 3"][..],
+        &["write 0 3", "move 0", "write 0 9"],
+        &["move 0", "write 0 3", "move 0", "write 0 9"],
+        // Something else comes to where it was.
+        &["move 0", "map 64", "write 1 5 6", "write 0 3", "unmap 1"],
+        &["move 0", "grow 0 96", "write 0 3 80", "move 0"],
+        &["drop 0 8 16", "move 0", "read 0 9", "write 0 10"],
+    ] {
+        let mut tracker = write_protect().expect("as before");
+        let mut subject = Subject::start(&["memory"], None);
+        subject.order("map 64");
+        subject.order(&every);
+        let tree = tree(subject.pid());
+        let mut shadow = Shadow::default();
+        shadow.round(tracker.as_mut(), &tree);
+        // With a round behind them, without one, and both.
+        for with_round in [true, false, true, true] {
+            orders.iter().for_each(|order| drop(subject.order(order)));
+            if with_round {
+                shadow.round(tracker.as_mut(), &tree);
+                let idle = shadow.round(tracker.as_mut(), &tree);
+                assert!(idle.pages() <= 4, "{orders:?}: {} pages of a process that waits", idle.pages());
+            }
+        }
+        subject.order("write 0 1");
+        let frozen = stop(subject.pid());
+        let (clean, _) = shadow.check(tracker.as_mut(), &frozen);
+        assert!(clean > 0);
+        go_on(&frozen);
+        orders.iter().for_each(|order| drop(subject.order(order)));
+        let frozen = stop(subject.pid());
+        shadow.check(tracker.as_mut(), &frozen);
+        go_on(&frozen);
+    }
 }
 
 #[test]
