@@ -37,7 +37,7 @@ pub fn assert_passes(checks: &str) {
     let guest = Guest {
         mib: MIB,
         processors: 2,
-        kernel_line: "rdinit=/release/subject transparent_hugepage=always",
+        kernel_line: "rdinit=/release/subject transparent_hugepage=madvise",
         arguments: &format!("guest {checks}"),
         is_incoming: false,
     };
@@ -60,7 +60,7 @@ pub fn assert_passes(checks: &str) {
 /// # Errors
 /// If it cannot be set up.
 pub fn main(checks: &str) -> anyhow::Result<()> {
-    for (what, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/tmp")] {
+    for (what, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
         std::fs::create_dir_all(place)?;
         mount(Some(what), place, Some(what), MsFlags::empty(), None::<&str>)?;
     }

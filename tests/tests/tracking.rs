@@ -152,7 +152,9 @@ fn memory_that_is_moved_is_not_taken_for_protected() {
         shadow.round(tracker.as_mut(), &tree);
         // With a round behind them, without one, and both.
         for with_round in [true, false, true, true] {
-            orders.iter().for_each(|order| drop(subject.order(order)));
+            for order in orders {
+                subject.order(order);
+            }
             if with_round {
                 shadow.round(tracker.as_mut(), &tree);
                 let idle = shadow.round(tracker.as_mut(), &tree);
@@ -164,7 +166,9 @@ fn memory_that_is_moved_is_not_taken_for_protected() {
         let (clean, _) = shadow.check(tracker.as_mut(), &frozen);
         assert!(clean > 0);
         go_on(&frozen);
-        orders.iter().for_each(|order| drop(subject.order(order)));
+        for order in orders {
+            subject.order(order);
+        }
         let frozen = stop(subject.pid());
         shadow.check(tracker.as_mut(), &frozen);
         go_on(&frozen);

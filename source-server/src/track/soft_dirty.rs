@@ -17,6 +17,7 @@
 //! - A bit stands in the page's entry and goes where that goes. Memory that was dropped and is read again is a page of zeros
 //!   whose bit is clear, and `mremap` moves whole tables of entries as they are. So what is not in the same frame as
 //!   in the last round, or shares it (with a child, or with all who read zeros), is read and compared even if its bit is clear.
+//! - A huge page has one bit: a write to it in the end makes all of its 512 pages stale. It is not split, as write protection does.
 //! - A new area, also one behind `exec`, has all its bits set. A forked child is a task of its own: nothing was copied of it.
 //! - What a device was given to write to (`O_DIRECT`, `io_uring`) keeps its bit when others are cleared, since Linux 5.11;
 //!   [`super::pins`] looks for the descriptors anyhow.
