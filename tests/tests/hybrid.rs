@@ -145,7 +145,7 @@ fn copies_are_compressed_on_a_slow_link() {
     let Some(site) = Site::new() else { return };
     let lab = Lab::new().map_err(|error| format!("no network namespaces: {error:#}"));
     let slow = lab.and_then(|lab| {
-        let shaped = lab.shape(Host::Destination, Some(Rate { mbit: 200 }));
+        let shaped = lab.shape(Host::Destination, Some(Rate { mbit: 100 }));
         shaped.map(|()| lab).map_err(|error| format!("links cannot be slowed down: {error:#}"))
     });
     let lab = match slow {
@@ -155,7 +155,7 @@ fn copies_are_compressed_on_a_slow_link() {
     let mut took = Vec::new();
     for compress in ["off", "auto"] {
         // Four seconds as it is.
-        let options = Options { mib: 96, threads: 1, rate_us: 10_000, ..stamps::options(&site, compress) };
+        let options = Options { mib: 48, threads: 1, rate_us: 10_000, ..stamps::options(&site, compress) };
         let mut stamp = Stamp::start_as(lab.run_in(Host::Source, programs::program("experiments")), &options);
         let plan = Plan { lab: Some(&lab), ..hybrid("1").source(["--compress", compress]) };
         let ended = plan.run(&site, stamp.pid());

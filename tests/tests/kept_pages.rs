@@ -139,7 +139,7 @@ fn everything_clean_is_installed_and_takes_memory_once() {
     peak_kib();
     let before = peak_kib();
     let uffd = Arc::new(moved.uffd.as_fd().try_clone_to_owned().unwrap().into());
-    let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+    let installing = Installing::start(moved.tree.clone(), Unneeded::default(), true).unwrap();
     // Neither before it may, nor before there is somewhere to install.
     assert!(!readable_within(installing.milestones.as_fd(), std::time::Duration::from_millis(50)).unwrap());
     installing.begin();
@@ -166,7 +166,7 @@ fn an_area_that_was_cut_without_an_event_is_filled_across_the_cut() {
     // Between two pages that were kept together.
     moved.cut(11);
     let uffd = Arc::new(moved.uffd.as_fd().try_clone_to_owned().unwrap().into());
-    let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+    let installing = Installing::start(moved.tree.clone(), Unneeded::default(), true).unwrap();
     moved.tree.lock(0).restored(uffd);
     installing.begin();
     wait_all(&installing.milestones);
@@ -186,7 +186,7 @@ fn installing_ends_when_it_is_told_to() {
     let Some(_site) = Site::new() else { return };
     let moved = Moved::new(512);
     for begun in [false, true] {
-        let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+        let installing = Installing::start(moved.tree.clone(), Unneeded::default(), true).unwrap();
         if begun {
             installing.begin();
         }
@@ -246,7 +246,7 @@ fn faults_on_what_is_kept_are_resolved_without_the_source() {
         let uffd = Arc::new(Uffd::from(moved.uffd.as_fd().try_clone_to_owned().unwrap()));
         commands.send(Command::Serve { family: 0, uffd });
         // Readers that come from both sides, while everything is installed.
-        let installing = Installing::start(moved.tree.clone(), Unneeded::default()).unwrap();
+        let installing = Installing::start(moved.tree.clone(), Unneeded::default(), true).unwrap();
         installing.begin();
         let forth = scope.spawn(|| clean_pages(PAGES).for_each(|page| moved.assert_right(page)));
         let mut back: Vec<usize> = clean_pages(PAGES).collect();

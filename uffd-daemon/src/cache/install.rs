@@ -45,16 +45,21 @@ struct State {
 }
 
 impl Installing {
-    /// A thread that gives back the memory of what is not clean, and waits for [`Installing::begin`].
+    /// A thread that gives back the memory of what is not clean, and waits for [`Installing::begin`]: in this order if what is
+    /// clean is to be installed `before` the tasks run. Otherwise the processors are the restore's until then: there is a
+    /// system call for each piece that is stale.
     ///
     /// # Errors
     /// The errno of making a thread or a mailbox.
-    pub fn start(tree: Arc<Tree>, unneeded: Unneeded) -> io::Result<Self> {
+    pub fn start(tree: Arc<Tree>, unneeded: Unneeded, before: bool) -> io::Result<Self> {
         let (post, milestones) = mailbox()?;
         let state = Arc::new(State::default());
         let thread = {
             let state = state.clone();
             std::thread::Builder::new().name("install".into()).spawn(move || {
+                if !before {
+                    state.wait_begun();
+                }
                 drop(unneeded);
                 let result = run(&tree, &state, &post);
                 state.ended.store(true, Ordering::Release);
@@ -79,6 +84,14 @@ impl Installing {
     }
 }
 
+impl State {
+    fn wait_begun(&self) {
+        while !self.begin.load(Ordering::Acquire) {
+            std::thread::park();
+        }
+    }
+}
+
 impl Drop for Installing {
     fn drop(&mut self) {
         self.state.end.store(true, Ordering::Relaxed);
@@ -97,9 +110,7 @@ fn run(tree: &Arc<Tree>, state: &State, post: &Post<Milestone>) -> io::Result<()
     for position in 0..tree.len() {
         while !ends() && tree.lock_last(position).sort_out_kept() {}
     }
-    while !state.begin.load(Ordering::Acquire) {
-        std::thread::park();
-    }
+    state.wait_begun();
     // The fault loop may not have got to the last of them yet. Without its space a page is missing nowhere.
     while !ends() && !tree.is_restored() {
         std::thread::sleep(Duration::from_micros(100));

@@ -21,7 +21,7 @@ use protocol::wire::switchover::destination::Event;
 
 use super::arrivals::Lanes;
 use super::lanes::LaneThreads;
-use super::precopy::Precopied;
+use super::precopy::{Precopied, Prefill};
 use super::{SessionConfig, StateConfig};
 use crate::barrier::Report;
 use crate::cache::{Installing, Milestone};
@@ -124,7 +124,7 @@ impl BroughtUp {
         if let Some(Precopied { cache, clean }) = precopied {
             let (kept, unneeded) = cache.into_clean(&map, &clean).map_err(|error| error.to_string())?;
             tree.keep(kept);
-            let start = Installing::start(tree.clone(), unneeded);
+            let start = Installing::start(tree.clone(), unneeded, config.prefill != Prefill::None);
             installing = Some(start.map_err(failed("start a thread"))?);
         }
 
