@@ -109,15 +109,15 @@ impl Shadow {
     }
 }
 
-/// Rounds over a workload with its files in `dir`, which writes, maps, unmaps, moves, drops and forks all the time.
+/// Rounds over a workload of `mib` with its files in `dir`, which writes, maps, unmaps, moves, drops and forks all the time.
 ///
 /// # Panics
 /// If a page that was written is missing.
 #[track_caller]
-pub fn churn(dir: &Path, tracker: &mut dyn Tracker, processes: u8, rounds: u32) -> Vec<Stop> {
+pub fn churn(dir: &Path, tracker: &mut dyn Tracker, mib: usize, processes: u8, rounds: u32) -> Vec<Stop> {
     let files = Files::in_dir(dir, "stamp");
     let options =
-        Options { mib: 48, threads: 3, churn: true, fork: true, tree: processes, ..Options::new(files) };
+        Options { mib, threads: 3, churn: true, fork: true, tree: processes, ..Options::new(files) };
     let mut stamp = Stamp::start(&options);
     let mut shadow = Shadow::default();
     let mut stops = Vec::new();

@@ -10,6 +10,8 @@ use crate::shadow::{Shadow, churn, go_on, reported, stop};
 use crate::subject::{Appearance, Subject};
 
 const PAGES: u64 = 1024;
+/// Of each process: little, as a guest may be translated.
+const MIB: usize = 12;
 
 /// All of it; says what was done.
 ///
@@ -22,7 +24,7 @@ pub fn checks(dir: &Path, mut done: impl FnMut(&str)) {
     dropped_and_moved_memory();
     done("dropped and moved");
     for processes in [1, 3] {
-        let stops = churn(dir, tracker().as_mut(), processes, if crate::long() { 30 } else { 6 });
+        let stops = churn(dir, tracker().as_mut(), MIB, processes, if crate::long() { 30 } else { 6 });
         assert!(stops.is_empty(), "no task is ever stopped");
         done(&format!("churn of {processes}"));
     }

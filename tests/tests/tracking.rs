@@ -245,8 +245,8 @@ fn no_written_page_is_missing_by_write_protection() {
     let Some(site) = Site::new() else { return };
     let Some(mut tracker) = write_protect() else { return };
     let rounds = if tests::long() { 100 } else { 8 };
-    let mut stops = churn(&site.path(""), tracker.as_mut(), 1, rounds);
-    stops.extend(churn(&site.path(""), choose().0.as_mut(), 3, rounds));
+    let mut stops = churn(&site.path(""), tracker.as_mut(), 48, 1, rounds);
+    stops.extend(churn(&site.path(""), choose().0.as_mut(), 48, 3, rounds));
     stops.sort();
     println!("stops: {} of them, median {:?}, most {:?}", stops.len(), stops[stops.len() / 2], stops.last());
 }
@@ -254,7 +254,7 @@ fn no_written_page_is_missing_by_write_protection() {
 #[test]
 fn no_written_page_is_missing_by_content() {
     let Some(site) = Site::new() else { return };
-    churn(&site.path(""), &mut Content::default(), 2, 4);
+    churn(&site.path(""), &mut Content::default(), 48, 2, 4);
 }
 
 #[test]
