@@ -23,6 +23,11 @@ const MIB_OF_A_MOVE: u64 = 4;
 /// Memory of one that has nothing to do.
 const MIB: u64 = 32;
 
+/// Descriptors of either program for each process of a tree: its userfaultfd, and the pipes that its pages wait in.
+const DESCRIPTORS_OF_A_TASK: usize = 8;
+/// Memory of either program for each process of a tree.
+const KIB_OF_A_TASK: u64 = 128;
+
 /// The most that a process had at any time.
 #[derive(Clone, Copy, Debug, Default)]
 struct Peak {
@@ -37,11 +42,13 @@ impl Peak {
         while !stop.load(Relaxed) {
             let open = fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
             peak.descriptors = peak.descriptors.max(open);
+            // It may have ended.
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+            peak.rss_mib = peak.rss_mib.max(kib.unwrap_or(0) >> 10);
             std::thread::sleep(Duration::from_millis(5));
         }
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-        peak.rss_mib = line.split_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10;
         peak
     }
 }
@@ -93,6 +100,45 @@ fn many_moves_at_once_into_one_daemon() {
     crowd.into_iter().for_each(Stamp::quit);
     processes::signal(daemon, nix::sys::signal::Signal::SIGTERM);
     assert_eq!(destination.wait(MOVE).status, 0);
+    site.assert_clean(&[]);
+}
+
+#[test]
+fn many_processes_in_one_tree() {
+    let count = if tests::long() { 256 } else { 32 };
+    let Some(site) = Site::new() else { return };
+    let tree = u16::try_from(count).unwrap();
+    let options =
+        Options { mib: 1, threads: 1, rate_us: 20_000, tree, ..stamps::options(&site, "processes") };
+    let mut stamp = Stamp::start(&options);
+    let plan = Plan::new().source(["--push-rate", "64M"]);
+    let destination = plan.serve(&site);
+    let source = plan.source_to(&site, stamp.pid(), &destination.address);
+    let (stop, daemon, server) = (AtomicBool::new(false), destination.tool.pid(), source.tool.pid());
+    let (source, destination, peaks) = scope(|scope| {
+        let watches = [daemon, server].map(|pid| {
+            let stop = &stop;
+            scope.spawn(move || Peak::watch(pid, stop))
+        });
+        let (source, destination) = (source.wait(MOVE), destination.wait(MOVE));
+        stop.store(true, Relaxed);
+        (source, destination, watches.map(|watch| watch.join().unwrap()))
+    });
+    println!("{count} processes: daemon {:?}, source {:?}", peaks[0], peaks[1]);
+    source.assert(0, "released", &[]);
+    destination.assert(0, "released", &[]);
+    assert_eq!(source.report().tasks.len(), count);
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    assert!(stamp.assert_ran_in_turn());
+    stamp.quit();
+    for peak in peaks {
+        assert!(
+            peak.descriptors <= DESCRIPTORS + DESCRIPTORS_OF_A_MOVE + count * DESCRIPTORS_OF_A_TASK,
+            "{peak:?}"
+        );
+        assert!(peak.rss_mib <= MIB + MIB_OF_A_MOVE + count as u64 * KIB_OF_A_TASK / 1024, "{peak:?}");
+    }
     site.assert_clean(&[]);
 }
 

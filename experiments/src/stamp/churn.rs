@@ -37,7 +37,7 @@ struct Block {
 
 /// The thread that changes mappings.
 pub(super) struct Churn {
-    process: u8,
+    process: u16,
     slices: Vec<Slice>,
     fresh: Vec<Slice>,
     fresh_serial: u32,
@@ -52,7 +52,7 @@ pub(super) struct Churn {
 impl Churn {
     /// Cuts `region` into slices and stamps them.
     #[must_use]
-    pub(super) fn new(process: u8, mut region: Region, journal: Arc<Journal>) -> Self {
+    pub(super) fn new(process: u16, mut region: Region, journal: Arc<Journal>) -> Self {
         let mut churn = Self {
             process,
             slices: Vec::new(),

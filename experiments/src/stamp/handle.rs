@@ -29,7 +29,7 @@ pub struct Checked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Beat {
     /// Which process of the tree.
-    pub id: u8,
+    pub id: u16,
     /// `CLOCK_MONOTONIC` in milliseconds.
     pub t_ms: u64,
     /// Operations of the writing threads so far.

@@ -81,7 +81,7 @@ pub struct Options {
     pub fork: bool,
     /// Processes in the tree; they share a file mapping and anonymous memory
     #[arg(long, default_value_t = 1)]
-    pub tree: u8,
+    pub tree: u16,
     /// Pause of a writing thread after each page, in microseconds
     #[arg(long, default_value_t = 0)]
     pub rate_us: u64,
@@ -119,9 +119,10 @@ impl Options {
 /// # Errors
 /// If it cannot be set up.
 pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
+    let least = if options.churn || options.fork { 4 } else { 1 };
     ensure!(
-        options.mib >= 4 && (1..=512).contains(&options.threads),
-        "--mib of 4 or more, --threads of 1 to 512"
+        options.mib >= least && (1..=512).contains(&options.threads),
+        "--mib of {least} or more, --threads of 1 to 512"
     );
     ensure!((1..=PROCESSES_MAX).contains(&options.tree), "--tree of 1 to {PROCESSES_MAX}");
     workload::detach()?;
@@ -157,7 +158,7 @@ fn spin_on_page_boundary() -> anyhow::Result<()> {
 
 /// The threads of one process and what they count.
 struct Team {
-    process: u8,
+    process: u16,
     pages: usize,
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,

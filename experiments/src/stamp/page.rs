@@ -49,7 +49,7 @@ pub enum Part {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Which process of the tree stamped it.
-    pub process: u8,
+    pub process: u16,
     /// The part of its memory.
     pub part: Part,
     /// The index in that part when it was stamped.

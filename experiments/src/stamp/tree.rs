@@ -27,7 +27,7 @@ use super::page::{self, Part, Place};
 use crate::random::Random;
 
 /// Most processes in a tree: their number has to fit a place.
-pub(super) const PROCESSES_MAX: u8 = 64;
+pub(super) const PROCESSES_MAX: u16 = 256;
 const FIXED_PAGES: usize = 64;
 const OWN_PAGES: usize = 64;
 
@@ -49,8 +49,8 @@ fn encode(number: u64, last: bool) -> u64 {
 /// This process's view of its tree.
 pub(super) struct Tree {
     /// 0 for the root.
-    pub(super) process: u8,
-    processes: u8,
+    pub(super) process: u16,
+    processes: u16,
     anonymous: Arc<Region>,
     file: Arc<Region>,
     parent: Pid,
@@ -71,7 +71,7 @@ impl Tree {
     ///
     /// # Errors
     /// If the file, a mapping or a child cannot be made.
-    pub(super) fn grow(processes: u8, file: &Path) -> anyhow::Result<Self> {
+    pub(super) fn grow(processes: u16, file: &Path) -> anyhow::Result<Self> {
         let pages = FIXED_PAGES + usize::from(processes) * OWN_PAGES;
         let bytes = protocol::units::pages_to_bytes(u64::try_from(pages)?);
         let backing = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(file);
@@ -114,7 +114,7 @@ impl Tree {
         SharedWorker::new(self, journal)
     }
 
-    fn mail(&self, process: u8, word: Mail) -> &AtomicU64 {
+    fn mail(&self, process: u16, word: Mail) -> &AtomicU64 {
         let first = FIXED_PAGES + usize::from(self.processes) * OWN_PAGES;
         &self.anonymous.page(first + usize::from(process))[word as usize]
     }
@@ -213,7 +213,7 @@ struct Own {
 
 /// The thread that works on shared memory.
 pub(super) struct SharedWorker {
-    process: u8,
+    process: u16,
     parts: Vec<Own>,
     random: Random,
     journal: Arc<Journal>,
