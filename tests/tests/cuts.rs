@@ -21,7 +21,8 @@ use tests::{MOVE, STEP, eventually, processes, programs};
 const MIB: usize = 48;
 /// What a page may take from the moment that the link is back: the source's pause between two attempts, or that of TCP.
 const FIRST_PAGE: Duration = Duration::from_secs(1);
-/// The same after half a minute: the kernel asks for the next hop's address again, once a second.
+/// The same after half a minute: the kernel asks for the next hop's address again, once a second. And wherever the short tests run:
+/// a host with other work on it is no place for a bound in time.
 const FIRST_PAGE_FORGOTTEN: Duration = Duration::from_secs(2);
 
 /// How long the kernel knows the next hop's address at least.
@@ -153,7 +154,7 @@ impl Case {
             Ok(None) => None,
             Ok(Some((word, first))) => {
                 row(word, &first.map_or("-".to_owned(), |first| format!("{} ms", first.as_millis())));
-                let limit = if lasts > FORGETS { FIRST_PAGE_FORGOTTEN } else { FIRST_PAGE };
+                let limit = if lasts > FORGETS || !tests::long() { FIRST_PAGE_FORGOTTEN } else { FIRST_PAGE };
                 let late = first.is_some_and(|first| first > limit);
                 late.then(|| format!("{link}, {outage:?}, {point}: the first page came after {first:?}"))
             }
