@@ -114,7 +114,7 @@ impl Shadow {
 /// # Panics
 /// If a page that was written is missing.
 #[track_caller]
-pub fn churn(dir: &Path, tracker: &mut dyn Tracker, mib: usize, processes: u8, rounds: u32) -> Vec<Stop> {
+pub fn churn(dir: &Path, tracker: &mut dyn Tracker, mib: usize, processes: u16, rounds: u32) -> Vec<Stop> {
     let files = Files::in_dir(dir, "stamp");
     let options =
         Options { mib, threads: 3, churn: true, fork: true, tree: processes, ..Options::new(files) };

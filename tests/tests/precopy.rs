@@ -112,7 +112,7 @@ fn assert_untracked(pid: u32) {
     assert!(!now.is_armed() && !now.is_traced() && !now.has_descriptor("userfaultfd"), "{now:?}");
 }
 
-fn busy(site: &Site, processes: u8) -> Options {
+fn busy(site: &Site, processes: u16) -> Options {
     Options {
         mib: 48,
         threads: 2,
@@ -124,7 +124,7 @@ fn busy(site: &Site, processes: u8) -> Options {
 }
 
 /// Rounds over a workload that writes, maps, unmaps, moves, drops and forks all the time.
-fn churn(tracker: Box<dyn Tracker>, processes: u8, rounds: &str) {
+fn churn(tracker: Box<dyn Tracker>, processes: u16, rounds: &str) {
     let Some(site) = Site::new() else { return };
     let mut stamp = Stamp::start(&busy(&site, processes));
     let plan = plan(stamp.pid(), rounds);
