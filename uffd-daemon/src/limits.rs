@@ -6,8 +6,9 @@ use protocol::wire::limits::LANES_MAX;
 
 /// Sessions at once; each needs threads, a CRIU and memory of its own.
 pub const SESSIONS_MAX: usize = 64;
-/// Connections that have not said hello yet.
-pub const STRANGERS_MAX: usize = 64;
+/// Connections that have not said hello yet: as many sources as there may be sessions, and all of them dial two lanes at once.
+/// Each has a thread.
+pub const STRANGERS_MAX: usize = 4 * SESSIONS_MAX;
 /// Connections that wait for a session to take them: those of four attempts, each with as many lanes as there may be.
 pub const ARRIVALS_MAX: usize = 4 * (1 + 2 * LANES_MAX as usize);
 /// Faults that wait at once for which a session's further fault loops read as well.
