@@ -102,6 +102,15 @@ pub fn is_told(pid: u32, word: &str) -> bool {
     line.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
 }
 
+/// Whether a process has a signal that none of its threads has taken.
+#[must_use]
+pub fn is_pending(pid: u32, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let masks = status.lines().filter_map(|line| line.strip_prefix("ShdPnd:"));
+    let mut masks = masks.filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    masks.any(|mask| mask & (1 << (signal as i32 - 1)) != 0)
+}
+
 /// Every process below `root` that has not ended.
 #[must_use]
 pub fn below(root: u32) -> Vec<Entry> {
