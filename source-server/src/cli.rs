@@ -312,8 +312,8 @@ fn run_resume(arguments: ResumeArguments) -> ExitCode {
         store: StoreKind::Pipes,
         pace: arguments.push_rate,
         // The destination has a thread for each of them.
-        fault_lanes: LaneCount::Exactly(description.lanes.0),
-        push_lanes: LaneCount::Exactly(description.lanes.1),
+        fault_lanes: LaneCount::Exactly(description.lanes.fault),
+        push_lanes: LaneCount::Exactly(description.lanes.push),
         precopy_rounds: Rounds::Off,
         precopy_pace: Pace::Off,
         compress: Compress::Off,

@@ -54,7 +54,7 @@ pub struct Description {
     /// The options of the link, as the command line had them.
     pub link: Vec<String>,
     /// How many fault lanes and push lanes.
-    pub lanes: (u8, u8),
+    pub lanes: LaneCounts,
     /// Root of the tree that was moved.
     pub root: u32,
     /// The directory of the process that was killed.
@@ -129,7 +129,7 @@ impl Holder {
             secret: of.session.1.0,
             to: of.to.clone(),
             link: of.link.clone(),
-            lanes: (of.lanes.fault, of.lanes.push),
+            lanes: of.lanes,
             root: of.root,
             work_dir: of.work_dir.clone(),
             generation: 0,

@@ -15,6 +15,9 @@
 //! until their event was read. When the page source is lost the loop goes on reading; faults then wait, and what was
 //! asked is asked again of the one that takes its place.
 
+mod assistance;
+mod thread;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -23,7 +26,6 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use host::mailbox::{Mailbox, Post};
-use host::privileges;
 use kernel::poll::PollSet;
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages, pages_to_bytes};
@@ -259,38 +261,6 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             }
         }
         false
-    }
-
-    /// Serves a space that no other loop knows yet.
-    fn serve(&mut self, space: ServedSpace<I>) {
-        for other in &self.others {
-            other.send(Command::Adopt(space.clone()));
-        }
-        self.served.push(space);
-    }
-
-    /// Serves a space that another one knows: the first loop tells all others.
-    fn adopt(&mut self, space: ServedSpace<I>) {
-        let known = |served: &ServedSpace<I>| (served.family, served.space) == (space.family, space.space);
-        match self.served.iter().any(known) {
-            true => {}
-            false if self.number == 0 => self.serve(space),
-            false => self.served.push(space),
-        }
-    }
-
-    /// After faults were read: has the others read as well if many wait.
-    fn seek_assistance(&mut self) {
-        if self.number > 0 {
-            self.assists_until = self.now + limits::ASSISTANCE;
-        } else if !self.others.is_empty()
-            && self.now >= self.assists_until
-            && self.tree.demand_outstanding.load(Ordering::Relaxed) >= limits::CROWD
-        {
-            // Half of it: they go on without a pause as long as there is a crowd.
-            self.assists_until = self.now + limits::ASSISTANCE / 2;
-            self.others.iter().for_each(|other| other.send(Command::Assist));
-        }
     }
 
     fn read_events(&mut self, position: usize) -> io::Result<()> {
@@ -745,78 +715,6 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
                 _ => Notice::UpstreamLost(error.to_string()),
             });
         }
-    }
-}
-
-/// The loop as a thread.
-impl<U: Upstream> FaultLoop<U> {
-    /// Runs until told to stop; returns the page source for its farewell, and the bytes it delivered.
-    pub fn run(mut self) -> Option<U> {
-        self.awake = (self.number == 0).then(Awake::new);
-        if let Err(error) = kernel::sched::set_slice(limits::SLICE_NS) {
-            tracing::debug!("no short time slice for the fault loop: {error}");
-        }
-        privileges::renounce();
-        let tree = self.tree.clone();
-        // The others are there for what the first one's processor cannot do.
-        let _steered = (self.number == 0).then(|| tree.fault_thread.this_thread());
-        loop {
-            let (ready, first) = match self.wait() {
-                Ok(ready) => ready,
-                Err(error) => {
-                    self.notify(Notice::Broken(format!("poll failed: {error}")));
-                    return self.upstream;
-                }
-            };
-            let polled = std::mem::take(&mut self.polled);
-            let ended = self.turn(ready, |position| polled.is_ready(first + position), Instant::now());
-            self.polled = polled;
-            if ended {
-                tracing::debug!(number = self.number, faults = self.demands, "a fault loop has ended");
-                return self.upstream;
-            }
-        }
-    }
-
-    /// Waits for something to do, and says where in the set the first userfaultfd is; the positions in the set are those of [`COMMANDS`], of the upstream if it has a
-    /// descriptor, and of everybody served.
-    fn wait(&mut self) -> io::Result<(Ready, usize)> {
-        self.polled.clear();
-        self.polled.add(self.commands.as_fd(), false);
-        let upstream =
-            self.upstream.as_ref().and_then(|upstream| Some((upstream.fd()?, upstream.wants_write())));
-        let upstream = upstream.map(|(fd, wants_write)| self.polled.add(fd, wants_write));
-        let mut first_uffd = None;
-        let reads = self.number == 0 || Instant::now() < self.assists_until;
-        let served = if reads { self.served.len() } else { 0 };
-        for served in &self.served[..served] {
-            let position = self.polled.add(served.uffd.as_fd(), false);
-            first_uffd.get_or_insert(position);
-        }
-        let timeout = if self.has_work() {
-            Duration::ZERO
-        } else if !self.deferred.is_empty() || !self.unresolved.is_empty() {
-            Duration::from_millis(1)
-        } else {
-            let due = self.upstream.as_ref().and_then(Upstream::due);
-            let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
-            until_due.map_or(limits::LIVENESS_INTERVAL, |left| limits::LIVENESS_INTERVAL.min(left))
-        };
-        self.polled.wait(timeout)?;
-        let ready = Ready {
-            command: self.polled.is_ready(COMMANDS),
-            upstream: upstream.is_none_or(|position| self.polled.is_ready(position)),
-            served,
-        };
-        Ok((ready, first_uffd.unwrap_or(0)))
-    }
-
-    /// Whether there is something to do without waiting: background reads from a source that answers at
-    /// once.
-    fn has_work(&self) -> bool {
-        let at_once = self.upstream.as_ref().is_some_and(|u| u.fd().is_none() && u.background().is_some());
-        let more = self.background_pages > 0 || self.cursor.0 < self.tree.len();
-        at_once && self.running && more
     }
 }
 

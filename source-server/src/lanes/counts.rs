@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use protocol::wire::limits::LANES_MAX;
+use serde::{Deserialize, Serialize};
 
 use crate::limits;
 
@@ -38,7 +39,7 @@ impl LaneCount {
 }
 
 /// How many lanes of each kind a session has, 1 to [`LANES_MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaneCounts {
     /// Fault lanes.
     pub fault: u8,
