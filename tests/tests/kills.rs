@@ -194,8 +194,10 @@ impl Case {
         // Somebody who takes over must not take tasks for done that CRIU is about to kill.
         let too_early = (self.victim == Victim::Daemon && self.moment.when == When::Committed).then(|| {
             let follower = self.take_over();
-            let taken = || self.status().contains("served by a daemon").then_some(());
-            eventually("a keeper with another daemon", STEP, taken);
+            eventually("a keeper with another daemon", STEP, || {
+                assert!(!follower.has_ended(), "{}", follower.last_lines());
+                self.status().contains("served by a daemon").then_some(())
+            });
             follower
         });
         stopped.go_on();

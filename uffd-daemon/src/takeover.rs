@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -75,10 +76,11 @@ impl Description {
         Ok(file)
     }
 
-    fn read(file: &mut File) -> io::Result<Self> {
-        file.seek(SeekFrom::Start(0))?;
-        let mut bytes = Vec::new();
-        file.take(limits::DESCRIPTION_MAX).read_to_end(&mut bytes)?;
+    /// By position: the keeper gives everybody the same open file, and several may read at once.
+    fn read(file: &File) -> io::Result<Self> {
+        let length = file.metadata()?.len().min(limits::DESCRIPTION_MAX);
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
+        file.read_exact_at(&mut bytes, 0)?;
         Ok(serde_json::from_slice(&bytes)?)
     }
 
@@ -161,8 +163,8 @@ pub fn find(dir: &StateDir) -> io::Result<Vec<Found>> {
 }
 
 fn ask(path: &Path) -> io::Result<(Info, Description)> {
-    let mut info = Stranger::find(path)?.info()?;
-    let description = Description::read(&mut info.description)?;
+    let info = Stranger::find(path)?.info()?;
+    let description = Description::read(&info.description)?;
     Ok((info, description))
 }
 
@@ -365,4 +367,24 @@ pub fn rebuild<I: Installer + Clone>(
         tree.lock(family).acknowledged_before(&acknowledged);
     }
     served
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, SeekFrom};
+
+    use super::*;
+
+    #[test]
+    fn reading_a_description_leaves_the_offset_that_others_share() {
+        let map = LazyMap::new(std::iter::empty::<(TaskId, Vec<PageRun>)>()).unwrap();
+        let (id, secret) = (SessionId([7; 16]), SessionSecret([9; 16]));
+        let description =
+            Description::new((id, secret), ("[::1]:1".into(), Vec::new()), Default::default(), &map);
+        let mut file = description.write().unwrap();
+        file.seek(SeekFrom::Start(5)).unwrap();
+        let read = Description::read(&file).unwrap();
+        assert_eq!((read.session(), read.listen), ((id, secret), description.listen));
+        assert_eq!(file.stream_position().unwrap(), 5);
+    }
 }
