@@ -300,7 +300,13 @@ mod tests {
             let mut command = std::process::Command::new("sleep");
             // The name of a program is the first word of its command line.
             std::os::unix::process::CommandExt::arg0(&mut command, dir);
-            command.arg("30").spawn().unwrap()
+            let child = command.arg("30").spawn().unwrap();
+            // A program is there a moment before its words are.
+            let words = format!("/proc/{}/cmdline", child.id());
+            while fs::read(&words).unwrap().is_empty() {
+                std::thread::yield_now();
+            }
+            child
         };
         let (mut of_run, mut other) = (sleeper(dir.path()), sleeper(Path::new("other")));
         end_all_that_name(dir.path());
