@@ -283,8 +283,10 @@ impl Case {
 
     /// Lets the tasks at the source run, as an operator would.
     fn continue_here(&self) {
+        // CRIU stops what it lets go of: told to go on before that, it stands still for good.
         eventually("that the source stands still", STEP, || {
-            self.tree().into_iter().all(processes::is_stopped).then_some(())
+            let dumped = !self.site.processes().iter().any(|entry| entry.name == "criu");
+            (dumped && self.tree().into_iter().all(processes::is_stopped)).then_some(())
         });
         for holder in self.site.processes().into_iter().filter(|entry| entry.name == "postcopy-hold") {
             processes::signal(holder.pid, Signal::SIGKILL);
