@@ -21,16 +21,19 @@ impl PollSet {
         self.0.len() - 1
     }
 
-    /// Waits until something is ready or broken, at most `timeout`, rounded up to milliseconds.
+    /// Waits until something is ready or broken, at most `timeout`.
     ///
     /// # Errors
-    /// The errno of `poll(2)`, `EINTR` excepted.
+    /// The errno of `ppoll(2)`, `EINTR` excepted.
     pub fn wait(&mut self, timeout: Duration) -> io::Result<()> {
-        let millis = i32::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
+        let timeout = libc::timespec {
+            tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
         let len = libc::nfds_t::try_from(self.0.len()).unwrap_or(libc::nfds_t::MAX);
-        // SAFETY: the vector is exclusively borrowed and has len entries. A number that no descriptor has any
-        // more is reported as ready.
-        let result = unsafe { libc::poll(self.0.as_mut_ptr(), len, millis) };
+        // SAFETY: the vector is exclusively borrowed and has len entries; the time lives through the call, and no mask is
+        // given. A number that no descriptor has any more is reported as ready.
+        let result = unsafe { libc::ppoll(self.0.as_mut_ptr(), len, &raw const timeout, std::ptr::null()) };
         match result {
             0.. => Ok(()),
             _ => match io::Error::last_os_error() {

@@ -9,7 +9,7 @@ use kernel::uffd::{Event, EventBuffer, Install, Uffd};
 use protocol::units::{TaskAddr, bytes_to_pages, pages_to_bytes};
 
 use crate::limits;
-use crate::pages::in_one_area;
+use crate::pages::{Rest, What, in_one_area};
 use crate::takeover::{ServedSpace, Taken};
 use crate::tree::TaskFamily;
 
@@ -62,9 +62,16 @@ fn read_events(
             let space = family.forked(of.space, uffd.clone());
             children.extend(space.map(|space| ServedSpace { family: of.family, space, uffd }));
         }
-        Event::Remap { from, to, len } => family.remapped(of.space, at(from), at(to), bytes_to_pages(len)),
-        Event::Remove { start, end } => family.removed(of.space, at(start), at(end)),
-        Event::Unmap { start, end } => family.unmapped(of.space, at(start), at(end)),
+        Event::Remap { from, to, len } => {
+            let (from, to, pages) = (at(from), at(to), bytes_to_pages(len));
+            family.changed(of.space, What::Remapped { from, to, pages });
+        }
+        Event::Remove { start, end } => {
+            family.changed(of.space, What::Removed { start: at(start), end: at(end) });
+        }
+        Event::Unmap { start, end } => {
+            family.changed(of.space, What::Unmapped { start: at(start), end: at(end) });
+        }
         Event::Fault { .. } | Event::Unknown(_) => {}
     })?;
     Ok(children)
@@ -74,6 +81,9 @@ fn read_events(
 fn poison(family: &mut TaskFamily, of: &ServedSpace) -> io::Result<(u64, bool)> {
     let (task, end) = (family.task(), family.map().pages);
     let (mut poisoned, mut from) = (0, 0);
+    if family.rest(of.space)? == Rest::Changing {
+        return Ok((0, false));
+    }
     while let Some(stretch) = family.space(of.space).and_then(|space| space.remote_in(from, end)) {
         let poison = |pages| of.uffd.poison(stretch.at.get(), pages_to_bytes(pages));
         let pages = match in_one_area(stretch.pages, poison)? {

@@ -32,10 +32,9 @@ use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages, 
 
 use crate::awake::Awake;
 use crate::inflight::{Asked, InFlight, Purpose, Waiter};
-use crate::journal::What;
 use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
-use crate::pages::{AddressSpace, Arrival, Blocked, Family, Resolution, SpaceId};
+use crate::pages::{AddressSpace, Arrival, Blocked, Family, Resolution, SpaceId, What};
 use crate::takeover::ServedSpace;
 use crate::tree::Tree;
 use crate::upstream::{Upstream, UpstreamError};
@@ -138,8 +137,12 @@ pub struct FaultLoop<U, I = Arc<Uffd>> {
     /// Faults that it asked for, ever.
     demands: u64,
     deferred: Vec<Deferred>,
-    /// Faults that need nothing of the source, whose address space is changing: who was served, and where.
+    /// Faults that need nothing of the source, or perhaps nothing, whose address space is changing: who was served, and where.
     unresolved: Vec<(usize, TaskAddr)>,
+    /// Spaces with changes that this loop has read and that are perhaps under way, by family.
+    changing: Vec<(usize, SpaceId)>,
+    /// When it read the last of them.
+    changed: Instant,
     /// While it runs as a thread.
     awake: Option<Awake>,
     polled: PollSet,
@@ -183,6 +186,8 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             demands: 0,
             deferred: Vec::new(),
             unresolved: Vec::new(),
+            changing: Vec::new(),
+            changed: now,
             awake: None,
             polled: PollSet::default(),
             events: EventBuffer::default(),
@@ -279,7 +284,10 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         let mut zeroed = 0;
         let mut kept: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
         let mut local = 0;
+        let (mut unsettled, mut unsettles) = ([TaskAddr::default(); kernel::uffd::EVENTS_PER_READ], 0);
         let mut unknown = None;
+        // What was under way and is over has come before what is read now.
+        tree.rest(family, &mut guard, space)?;
         if let Some(journal) = tree.journal() {
             journal.reads(self.number, family);
         }
@@ -305,34 +313,38 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
                         zeroes[zeroed] = at;
                         zeroed += 1;
                     }
+                    Resolution::Unknown => {
+                        unsettled[unsettles] = at;
+                        unsettles += 1;
+                    }
                 }
             }
-            // At once: what the parent drops, unmaps or moves from here on is the child's all the same.
             Event::Fork { child: uffd } => {
-                if let Some(child) = guard.forked(space, uffd.clone()) {
+                if let Some(child) = tree.forked(family, &mut guard, space, uffd.clone()) {
                     if let Some(keep) = &self.keeper {
                         keep(Owner::new(family, child.number()), &uffd);
                     }
-                    tree.record(family, space, What::Forked { child });
                     children.push(ServedSpace { family, space: child, uffd });
                 }
             }
             Event::Remap { from, to, len } => {
                 let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
-                guard.remapped(space, from, to, bytes_to_pages(len));
-                tree.record(family, space, What::Remapped { from, to, pages: bytes_to_pages(len) });
+                tree.changed(
+                    family,
+                    &mut guard,
+                    space,
+                    What::Remapped { from, to, pages: bytes_to_pages(len) },
+                );
                 wake(&uffd, from, len);
             }
             Event::Remove { start, end } => {
                 let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
-                guard.removed(space, start, end);
-                tree.record(family, space, What::Removed { start, end });
+                tree.changed(family, &mut guard, space, What::Removed { start, end });
                 wake(&uffd, start, end.get() - start.get());
             }
             Event::Unmap { start, end } => {
                 let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
-                guard.unmapped(space, start, end);
-                tree.record(family, space, What::Unmapped { start, end });
+                tree.changed(family, &mut guard, space, What::Unmapped { start, end });
                 wake(&uffd, start, end.get() - start.get());
             }
             Event::Unknown(kind) => unknown = Some(kind),
@@ -342,6 +354,10 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         if let Some(journal) = tree.journal() {
             journal.has_read(self.number);
         }
+        if guard.is_changing(space) {
+            self.awaits_rest(family, space);
+        }
+        self.unresolved.extend(unsettled[..unsettles].iter().map(|at| (position, *at)));
         for at in &zeroes[..zeroed] {
             // A page of a fork's copy or one that changed hands within this batch is looked at again.
             self.zero(&mut guard, position, space, *at)?;
@@ -447,6 +463,10 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         if family.space(space).is_some_and(|space| space.remote_at(at).is_some()) {
             // A later event of the same batch moved content here: the thread reports again.
             return uffd.wake(at, PAGE_BYTES);
+        }
+        if family.is_in_doubt(space, at) {
+            self.unresolved.push((position, at));
+            return Ok(());
         }
         match uffd.zero(at, PAGE_BYTES)? {
             Install::Done { .. } => {}
@@ -635,7 +655,32 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         histogram.saturating_record(ns);
     }
 
+    /// A space is looked at until what is under way there is over.
+    pub(super) fn awaits_rest(&mut self, family: usize, space: SpaceId) {
+        self.changed = self.now;
+        if !self.changing.contains(&(family, space)) {
+            self.changing.push((family, space));
+        }
+    }
+
+    /// Applies what was under way and is over.
+    fn settle_changes(&mut self) {
+        let (tree, mut changing) = (self.tree.clone(), std::mem::take(&mut self.changing));
+        changing.retain(|(position, space)| {
+            let mut family = tree.lock(*position);
+            let rests = tree.rest(*position, &mut family, *space);
+            self.maybe_settled |= family.remote_pages() == 0;
+            drop(family);
+            if let Err(error) = &rests {
+                self.notify(Notice::Broken(format!("probe failed: {error}")));
+            }
+            matches!(rests, Ok(false))
+        });
+        self.changing = changing;
+    }
+
     fn retry_deferred(&mut self) {
+        self.settle_changes();
         for deferred in std::mem::take(&mut self.deferred) {
             let tree = self.tree.clone();
             let asked = &deferred.asked;
@@ -660,6 +705,10 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
             let result = match family.fault(space, at) {
                 Resolution::Zero => self.zero(&mut family, position, space, at),
                 Resolution::Asked(_) => Ok(()),
+                Resolution::Unknown => {
+                    self.unresolved.push((position, at));
+                    Ok(())
+                }
                 Resolution::Kept(index) => self.install_kept(&mut family, position, index, at),
                 Resolution::Ask(index) => {
                     family.not_asked(index, index + 1);
@@ -697,7 +746,8 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         let tree = self.tree.clone();
         self.served.retain(|served| {
             let mut family = tree.lock(served.family);
-            if family.space(served.space).is_some() && !served.uffd.is_orphaned() {
+            let there = family.space(served.space).is_some() && !served.uffd.is_orphaned();
+            if there || family.is_changing(served.space) {
                 return true;
             }
             drop(family.exited(served.space));

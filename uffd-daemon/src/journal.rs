@@ -28,9 +28,9 @@ use protocol::units::TaskAddr;
 use protocol::wire::limits::LANES_MAX;
 
 use crate::limits;
-use crate::pages::SpaceId;
+use crate::pages::{SpaceId, What};
 
-const MAGIC: u64 = 0x6a6f_7572_6e61_6c32;
+const MAGIC: u64 = 0x6a6f_7572_6e61_6c33;
 const PAGES: usize = 1;
 const RECORDED: usize = 2;
 const REFUSED: usize = 3;
@@ -41,48 +41,30 @@ const READING: usize = 8;
 const HEADER_WORDS: usize = READING + LANES_MAX as usize;
 const CHANGE_WORDS: usize = 5;
 
-/// A change of an address space, in the order of the kernel's events.
+/// What is recorded of an address space, in the order in which it became known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
     /// Position of the family.
     pub family: usize,
     /// Which of its spaces.
     pub space: SpaceId,
-    /// What happened.
-    pub what: What,
+    /// What became known.
+    pub entry: Entry,
 }
 
-/// What happened to an address space.
+/// What became known of an address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
-    /// The content of a range was dropped.
-    Removed {
-        /// First address.
-        start: TaskAddr,
-        /// First address behind.
-        end: TaskAddr,
+pub enum Entry {
+    /// It changed.
+    Changed {
+        /// How.
+        what: What,
+        /// Nothing else was under way: whatever was recorded before of this space is over.
+        first: bool,
     },
-    /// A range was unmapped.
-    Unmapped {
-        /// First address.
-        start: TaskAddr,
-        /// First address behind.
-        end: TaskAddr,
-    },
-    /// A range was moved.
-    Remapped {
-        /// From where.
-        from: TaskAddr,
-        /// Where to.
-        to: TaskAddr,
-        /// Number of pages.
-        pages: u64,
-    },
-    /// It was copied into this space of the same family.
-    Forked {
-        /// The child's.
-        child: SpaceId,
-    },
+    /// It is at rest, and what was under way took effect in this order, [packed](crate::pages::Order::packed). Of changes in
+    /// the order of their events this is not recorded.
+    Ordered(u64),
 }
 
 /// The journal of one move.
@@ -277,27 +259,34 @@ const fn region_pages(pages: u64) -> usize {
     (HEADER_WORDS + bitmap_words(pages) + limits::JOURNAL_CHANGES * CHANGE_WORDS).div_ceil(WORDS_PER_PAGE)
 }
 
-fn encode(Change { family, space, what }: Change) -> [u64; CHANGE_WORDS] {
-    let (kind, a, b, c) = match what {
-        What::Removed { start, end } => (1, start.get(), end.get(), 0),
-        What::Unmapped { start, end } => (2, start.get(), end.get(), 0),
-        What::Remapped { from, to, pages } => (3, from.get(), to.get(), pages),
-        What::Forked { child } => (4, child.number(), 0, 0),
+/// The bit of an entry's first word that says that nothing else was under way.
+const FIRST: u64 = 1 << 63;
+
+fn encode(Change { family, space, entry }: Change) -> [u64; CHANGE_WORDS] {
+    let (kind, a, b, c) = match entry {
+        Entry::Changed { what: What::Removed { start, end }, .. } => (1, start.get(), end.get(), 0),
+        Entry::Changed { what: What::Unmapped { start, end }, .. } => (2, start.get(), end.get(), 0),
+        Entry::Changed { what: What::Remapped { from, to, pages }, .. } => (3, from.get(), to.get(), pages),
+        Entry::Changed { what: What::Forked { child }, .. } => (4, child.number(), 0, 0),
+        Entry::Ordered(order) => (5, order, 0, 0),
     };
-    [kind << 32 | family as u64, space.number(), a, b, c]
+    let first = if matches!(entry, Entry::Changed { first: true, .. }) { FIRST } else { 0 };
+    [first | kind << 32 | family as u64, space.number(), a, b, c]
 }
 
 fn decode([head, space, a, b, c]: [u64; CHANGE_WORDS]) -> Option<Change> {
     let address = TaskAddr::containing;
-    let what = match head >> 32 {
-        1 => What::Removed { start: address(a), end: address(b) },
-        2 => What::Unmapped { start: address(a), end: address(b) },
-        3 => What::Remapped { from: address(a), to: address(b), pages: c },
-        4 => What::Forked { child: SpaceId::numbered(a)? },
+    let changed = |what| Entry::Changed { what, first: head & FIRST != 0 };
+    let entry = match (head & !FIRST) >> 32 {
+        1 => changed(What::Removed { start: address(a), end: address(b) }),
+        2 => changed(What::Unmapped { start: address(a), end: address(b) }),
+        3 => changed(What::Remapped { from: address(a), to: address(b), pages: c }),
+        4 => changed(What::Forked { child: SpaceId::numbered(a)? }),
+        5 => Entry::Ordered(a),
         _ => return None,
     };
     let family = usize::try_from(head & u64::from(u32::MAX)).ok()?;
-    Some(Change { family, space: SpaceId::numbered(space)?, what })
+    Some(Change { family, space: SpaceId::numbered(space)?, entry })
 }
 
 #[cfg(test)]
@@ -307,13 +296,17 @@ mod tests {
     fn change(number: u64) -> Change {
         let (space, at) =
             (SpaceId::numbered(number % 3).unwrap(), |page: u64| TaskAddr::containing(page << 12));
-        let what = match number % 4 {
+        let what = match number % 5 {
             0 => What::Removed { start: at(number), end: at(number + 1) },
             1 => What::Unmapped { start: at(number), end: at(number + 2) },
             2 => What::Remapped { from: at(number), to: at(number * 2), pages: number },
             _ => What::Forked { child: SpaceId::numbered(number).unwrap() },
         };
-        Change { family: usize::try_from(number).unwrap(), space, what }
+        let entry = match number % 5 {
+            4 => Entry::Ordered(number << 60 | 0x21),
+            _ => Entry::Changed { what, first: number % 2 == 0 },
+        };
+        Change { family: usize::try_from(number).unwrap(), space, entry }
     }
 
     #[test]

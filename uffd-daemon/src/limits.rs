@@ -25,6 +25,14 @@ pub const WHOLE_PATIENCE: Duration = Duration::from_secs(60);
 /// Changes of address spaces that the journal of a move has room for: 64 MiB, if all of it is used. A task that
 /// changes its mappings ten thousand times a second fills it in three minutes.
 pub const JOURNAL_CHANGES: usize = (64 << 20) / 40;
+/// Orders that changes under way together are tried in: all of five, and of more the nearest to the one they were read in.
+pub const ORDERS_TRIED: usize = 200;
+/// Places that the kernel is asked about for them.
+pub const ORDER_POINTS: usize = 512;
+/// How often a fault loop looks whether a change is over: whoever made it has to be woken first.
+pub const CHANGE_LOOK: Duration = Duration::from_micros(50);
+/// How long it looks that often.
+pub const CHANGE_SOON: Duration = Duration::from_millis(1);
 /// Largest description of a move: 16 bytes for each lazy run of a tree with a few hundred thousand, as text.
 pub const DESCRIPTION_MAX: u64 = 64 << 20;
 /// How long an address space may go on changing while its missing pages are poisoned.

@@ -20,10 +20,10 @@ use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
 use crate::barrier;
-use crate::journal::{Change, Journal, What};
+use crate::journal::{Change, Entry, Journal};
 use crate::keeper::{Info, KeeperHandle, Owner, Stranger};
 use crate::limits;
-use crate::pages::{Installer, SpaceId};
+use crate::pages::{Installer, SpaceId, What};
 use crate::tree::Tree;
 
 /// Where keepers are found, unless the operator says otherwise.
@@ -340,25 +340,33 @@ pub fn rebuild<I: Installer + Clone>(
     journal: &Journal,
 ) -> Vec<ServedSpace<I>> {
     let mut served = Vec::new();
-    let mut serve = |family, space: Option<SpaceId>, uffd: Option<I>| {
-        served.extend(space.zip(uffd).map(|(space, uffd)| ServedSpace { family, space, uffd }));
+    let mut serve = |family, space: SpaceId, uffd: Option<I>| {
+        served.extend(uffd.map(|uffd| ServedSpace { family, space, uffd }));
     };
     for family in 0..tree.len() {
         let uffd = uffds.remove(&(family, 0));
         let space = tree.lock(family).restored_again(uffd.clone());
         serve(family, space, uffd);
     }
-    for Change { family, space, what } in changes.iter().copied().filter(|change| change.family < tree.len())
+    for Change { family, space, entry } in changes.iter().copied().filter(|change| change.family < tree.len())
     {
         let mut spaces = tree.lock(family);
-        match what {
-            What::Removed { start, end } => spaces.removed(space, start, end),
-            What::Unmapped { start, end } => spaces.unmapped(space, start, end),
-            What::Remapped { from, to, pages } => spaces.remapped(space, from, to, pages),
-            What::Forked { child } => {
-                let uffd = uffds.remove(&(family, child.number()));
-                let child = spaces.forked_again(space, uffd.clone());
-                serve(family, child, uffd);
+        match entry {
+            Entry::Ordered(order) => spaces.rested_in_order(space, order),
+            Entry::Changed { what, first } => {
+                if first {
+                    spaces.rested_as_read(space);
+                }
+                match what {
+                    What::Forked { child } => {
+                        let uffd = uffds.remove(&(family, child.number()));
+                        let child = spaces.forked_again(space, uffd.clone());
+                        if spaces.space(child).is_some() {
+                            serve(family, child, uffd);
+                        }
+                    }
+                    what => spaces.changed(space, what),
+                }
             }
         }
     }

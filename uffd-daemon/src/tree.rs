@@ -1,6 +1,7 @@
 //! The restored tree: one [`Family`] per task, and how much of it is still remote.
 
 use std::collections::HashMap;
+use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::Instant;
@@ -13,9 +14,9 @@ use protocol::wire::control::PageCounts;
 use protocol::wire::frame::TaskRun;
 
 use crate::cache::Kept;
-use crate::journal::{Change, Journal, What};
+use crate::journal::{Change, Entry, Journal};
 use crate::limits;
-use crate::pages::{Family, Installer, Origin, SpaceId};
+use crate::pages::{Family, Installer, Origin, Rest, SpaceId, What};
 use crate::steering::Steered;
 
 /// A family whose installers are real userfaultfds.
@@ -86,11 +87,44 @@ impl<I: Installer> Tree<I> {
         self.journal.get()
     }
 
-    /// Records a change of an address space.
-    pub fn record(&self, family: usize, space: SpaceId, what: What) {
+    fn record(&self, family: usize, space: SpaceId, entry: Entry) {
         if let Some(journal) = self.journal() {
-            journal.record(Change { family, space, what });
+            journal.record(Change { family, space, entry });
         }
+    }
+
+    /// Takes in a change of an address space.
+    pub fn changed(&self, position: usize, family: &mut Family<I>, space: SpaceId, what: What) {
+        let first = !family.is_changing(space);
+        family.changed(space, what);
+        self.record(position, space, Entry::Changed { what, first });
+    }
+
+    /// Takes in a child of an address space.
+    pub fn forked(
+        &self,
+        position: usize,
+        family: &mut Family<I>,
+        space: SpaceId,
+        child: I,
+    ) -> Option<SpaceId> {
+        let first = !family.is_changing(space);
+        let child = family.forked(space, child)?;
+        self.record(position, space, Entry::Changed { what: What::Forked { child }, first });
+        Some(child)
+    }
+
+    /// Applies what was read of an address space, if nothing is under way there any more; false if something is.
+    ///
+    /// # Errors
+    /// An errno from the kernel that is no ordinary outcome.
+    pub fn rest(&self, position: usize, family: &mut Family<I>, space: SpaceId) -> io::Result<bool> {
+        match family.rest(space)? {
+            Rest::Changing => return Ok(false),
+            Rest::AsRead => {}
+            Rest::Ordered(order) => self.record(position, space, Entry::Ordered(order.packed())),
+        }
+        Ok(true)
     }
 
     /// Records what is about to be acknowledged.

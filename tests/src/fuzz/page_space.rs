@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use arbitrary::{Arbitrary, Unstructured};
-use kernel::uffd::Install;
+use kernel::uffd::{Install, Probe};
 use protocol::bitmap::Bitmap;
 use protocol::lazy_map::{LazyMap, TaskMap};
 use protocol::units::{ImageAddr, PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, TaskId};
@@ -17,7 +17,7 @@ use protocol::wire::precopy::{Areas, Round};
 use uffd_daemon::cache::{Kept, PageCache};
 use uffd_daemon::inflight::{Asked, InFlight, Purpose};
 use uffd_daemon::limits::PREFETCH_PAGES;
-use uffd_daemon::pages::{Arrival, Family, Installer, Origin, Resolution, SpaceId};
+use uffd_daemon::pages::{Arrival, Family, Installer, Origin, Resolution, Rest, SpaceId, What};
 use uffd_daemon::prefetch::{Ahead, Streams};
 
 /// Pages of a family at most: an index fits in a byte, and so in the content of a page.
@@ -114,6 +114,10 @@ impl Installer for Kernel {
     fn wake(&self, _: TaskAddr, bytes: u64) -> io::Result<()> {
         assert!(bytes > 0 && bytes % PAGE_SIZE as u64 == 0);
         Ok(())
+    }
+
+    fn probe(&self, _: TaskAddr) -> io::Result<Probe> {
+        Ok(Probe::Unregistered)
     }
 }
 
@@ -295,12 +299,12 @@ impl Rig {
             Op::NextKept { hot, most } => self.next_kept(if hot { 2 } else { 0 }, u64::from(most) % 24 + 1),
             Op::Removed { space, page, pages } => {
                 let (slot, range) = (self.slot(space), places(page, pages));
-                self.family.removed(self.ids[slot], addr(range.start), addr(range.end));
+                self.changed(slot, What::Removed { start: addr(range.start), end: addr(range.end) });
                 self.tables[slot].iter_mut().for_each(|table| table.remove(range.clone()));
             }
             Op::Unmapped { space, page, pages } => {
                 let (slot, range) = (self.slot(space), places(page, pages));
-                self.family.unmapped(self.ids[slot], addr(range.start), addr(range.end));
+                self.changed(slot, What::Unmapped { start: addr(range.start), end: addr(range.end) });
                 self.tables[slot].iter_mut().for_each(|table| table.unmap(range.clone()));
             }
             Op::Remapped { space, from, to, pages } => {
@@ -308,7 +312,7 @@ impl Rig {
                 let (to, pages) = (u64::from(to) % 128, range.end - range.start);
                 // The kernel refuses to move a range onto itself.
                 if range.start.abs_diff(to) >= pages {
-                    self.family.remapped(self.ids[slot], addr(range.start), addr(to), pages);
+                    self.changed(slot, What::Remapped { from: addr(range.start), to: addr(to), pages });
                     self.tables[slot].iter_mut().for_each(|table| table.remap(range.start, to, pages));
                 }
             }
@@ -368,9 +372,16 @@ impl Rig {
         assert_eq!(self.family.fault(self.ids[slot], addr(page)), expected);
     }
 
+    /// One thread changes a space, and goes on.
+    fn changed(&mut self, slot: usize, what: What) {
+        self.family.changed(self.ids[slot], what);
+        assert_eq!(self.family.rest(self.ids[slot]).expect("the model answers"), Rest::AsRead);
+    }
+
     fn forked(&mut self, parent: usize) {
         let kernel = Kernel::default();
         let child = self.family.forked(self.ids[parent], kernel.clone());
+        assert_eq!(self.family.rest(self.ids[parent]).expect("the model answers"), Rest::AsRead);
         assert_eq!(child.is_some(), self.tables[parent].is_some());
         if let Some(child) = child {
             self.ids.push(child);

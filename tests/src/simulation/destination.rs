@@ -632,7 +632,11 @@ impl Destination {
             let waiting = served.uffd.state().after_turn();
             let family = tree.lock(served.family);
             let Some(space) = family.space(served.space) else { continue };
-            let missing = |page: &u64| space.remote_at(TaskAddr::containing(pages_to_bytes(*page))).is_some();
+            // Or may be, until changes under way are over.
+            let missing = |page: &u64| {
+                let at = TaskAddr::containing(pages_to_bytes(*page));
+                space.remote_at(at).is_some() || family.is_in_doubt(served.space, at)
+            };
             if let Some(page) = waiting.iter().find(|page| !missing(page)) {
                 let name = served.uffd.state().name.clone();
                 host.wrong

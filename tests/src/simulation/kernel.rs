@@ -4,6 +4,7 @@
 //!
 //! - a thread that touches a missing registered page reports it, and waits until somebody wakes it; then it looks again
 //! - `munmap`, `mremap` and `fork` take effect, then wait until their event was read; `MADV_DONTNEED` waits first
+//! - a thread may be held up before it queues its event: events come in another order than their effects
 //! - from before the event until its thread goes on, installs give `EAGAIN`
 //! - a copy stops at the first page that is present (`EEXIST` if it is the first of all); one that is not inside one
 //!   registered area gives `ENOENT`, also if only its end lies in the next one
@@ -16,7 +17,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kernel::uffd::{EVENTS_PER_READ, Event, EventBuffer, Install};
+use kernel::uffd::{EVENTS_PER_READ, Event, EventBuffer, Install, Probe};
 use protocol::units::{PAGE_BYTES, PAGE_SIZE, TaskAddr, bytes_to_pages};
 use uffd_daemon::pages::{AddressSpace, Installer};
 
@@ -85,9 +86,13 @@ pub struct State {
     pending: VecDeque<Waiting>,
     read: Vec<Waiting>,
     events: VecDeque<Queued>,
+    /// What has taken effect, of threads that have not come to queue it yet.
+    unqueued: Vec<Queued>,
     /// By thread: whether its event was not read yet.
     unread: BTreeMap<usize, bool>,
     changing: u32,
+    /// Where `mremap` has put something and has not returned: who drops that meanwhile may drop what was there before.
+    arriving: BTreeMap<usize, Range<u64>>,
     gone: bool,
     released: bool,
     areas: u64,
@@ -135,7 +140,8 @@ impl Mm {
         state.released = true;
         state.pending.clear();
         state.read.clear();
-        for Queued { event, thread } in std::mem::take(&mut state.events) {
+        let unqueued = std::mem::take(&mut state.unqueued);
+        for Queued { event, thread } in std::mem::take(&mut state.events).into_iter().chain(unqueued) {
             state.unread.insert(thread, false);
             if let Event::Fork { child } = event {
                 child.release();
@@ -158,8 +164,10 @@ impl State {
             pending: VecDeque::new(),
             read: Vec::new(),
             events: VecDeque::new(),
+            unqueued: Vec::new(),
             unread: BTreeMap::new(),
             changing: 0,
+            arriving: BTreeMap::new(),
             gone: false,
             released: false,
             areas: 0,
@@ -242,12 +250,26 @@ impl State {
             return;
         }
         self.unread.insert(thread, true);
-        self.events.push_back(Queued { event, thread });
+        self.unqueued.push(Queued { event, thread });
+    }
+
+    /// A thread queues the event of what it has done; false if it has none. Others may have overtaken it.
+    pub fn queue(&mut self, thread: usize) -> bool {
+        let Some(at) = self.unqueued.iter().position(|queued| queued.thread == thread) else { return false };
+        let queued = self.unqueued.remove(at);
+        self.events.push_back(queued);
+        true
     }
 
     /// `madvise(MADV_DONTNEED)` begins; [`State::drop_content`] ends it.
     pub fn begin_drop(&mut self, thread: usize, pages: &Range<u64>) {
         self.dropping.push(pages.clone());
+        // Of two calls at the same time either may be the first: a child of a fork under way has the pages, or zeros.
+        for queued in self.unqueued.iter().chain(&self.events) {
+            if let Event::Fork { child } = &queued.event {
+                child.state().dropping.push(pages.clone());
+            }
+        }
         self.changing += 1;
         self.announce(thread, Event::Remove { start: at(pages.start), end: at(pages.end) });
     }
@@ -311,6 +333,7 @@ impl State {
         let unmapped = self.take_out(&target);
         let registered = self.mapped.range(from.clone()).any(|(_, mapping)| mapping.registered);
         self.areas += 1;
+        self.arriving.insert(thread, target.clone());
         for page in from.clone() {
             let moved = to + (page - from.start);
             if let Some(mapping) = self.mapped.remove(&page) {
@@ -360,8 +383,15 @@ impl State {
     }
 
     /// A thread whose event was read goes on.
-    pub fn go_on(&mut self) {
+    pub fn go_on(&mut self, thread: usize) {
         self.changing = self.changing.saturating_sub(1);
+        self.arriving.remove(&thread);
+    }
+
+    /// Whether another thread is about to hear that something was moved there.
+    #[must_use]
+    pub fn is_arriving(&self, pages: &Range<u64>) -> bool {
+        self.arriving.values().any(|arriving| arriving.start < pages.end && pages.start < arriving.end)
     }
 
     /// Whether something is being dropped: another thread had better not move it.
@@ -383,6 +413,7 @@ impl State {
         self.pending.clear();
         self.read.clear();
         self.events.clear();
+        self.unqueued.clear();
         self.unread.clear();
     }
 
@@ -485,6 +516,16 @@ impl Installer for Mm {
             state.wake_range(&(page(at)..page(at) + bytes_to_pages(bytes)));
         }
         Ok(())
+    }
+
+    fn probe(&self, at: TaskAddr) -> io::Result<Probe> {
+        let state = self.state();
+        Ok(match state.mapped.get(&page(at)) {
+            _ if state.changing > 0 => Probe::Changing,
+            _ if state.gone => Probe::TaskGone,
+            Some(mapping) if mapping.registered => Probe::Registered,
+            _ => Probe::Unregistered,
+        })
     }
 }
 

@@ -84,6 +84,9 @@ impl Thread {
     fn step(&mut self, chance: &Chance, memory: &mut Memory, spaces: usize) -> (bool, Option<Mm>) {
         let mm = self.mm.clone();
         let mut state = mm.state();
+        if !state.is_gone() && state.queue(self.number) {
+            return (true, None);
+        }
         if state.is_gone() || state.waits(self.number) != Waits::No {
             return (false, None);
         }
@@ -92,7 +95,7 @@ impl Thread {
             Doing::Nothing => self.begin(&mut state, chance, memory, spaces),
             Doing::Touch { page, write } => self.touch(&mut state, page, write),
             Doing::Drop { pages, told: false } => {
-                state.go_on();
+                state.go_on(self.number);
                 Doing::Drop { pages, told: true }
             }
             Doing::Drop { pages, told: true } => {
@@ -100,11 +103,11 @@ impl Thread {
                 Doing::Nothing
             }
             Doing::Unmap => {
-                state.go_on();
+                state.go_on(self.number);
                 Doing::Nothing
             }
             Doing::Remap { from, to, once_more } => {
-                state.go_on();
+                state.go_on(self.number);
                 if once_more {
                     state.announce_move(self.number, &from, to);
                     Doing::Remap { from, to, once_more: false }
@@ -113,7 +116,7 @@ impl Thread {
                 }
             }
             Doing::Fork { child } => {
-                state.go_on();
+                state.go_on(self.number);
                 born = Some(child);
                 Doing::Nothing
             }
@@ -148,7 +151,7 @@ impl Thread {
             80..86 if quiet => {
                 let last = self.within_area(state, &pages);
                 // What is not registered is dropped at once.
-                if last.clone().all(|page| state.mapped[&page].registered) {
+                if last.clone().all(|page| state.mapped[&page].registered) && !state.is_arriving(&last) {
                     state.begin_drop(self.number, &last);
                     return Doing::Drop { pages: last, told: false };
                 }
@@ -162,8 +165,10 @@ impl Thread {
             89..92 if quiet => {
                 let from = self.within_area(state, &pages);
                 let to = chance.between(ROOM.start, ROOM.end - 16);
-                // Not onto itself, nor over more than the kernel moves at once.
-                if to.abs_diff(from.start) < from.end - from.start {
+                // Not onto itself, nor over more than the kernel moves at once; nor to where another thread has moved something and
+                // not heard so: nothing tells what is there then.
+                let length = from.end - from.start;
+                if to.abs_diff(from.start) < length || state.is_arriving(&(to..to + length)) {
                     return Doing::Nothing;
                 }
                 let once_more = state.remap(self.number, &from, to);
@@ -186,8 +191,7 @@ impl Thread {
                 state.split(&own);
                 Doing::Nothing
             }
-            // See docs/measuring.md: what a fork beside an unread event means cannot always be told.
-            97 | 98 if quiet && !state.is_changing() && spaces < SPACES_MAX => {
+            97 | 98 if quiet && spaces < SPACES_MAX => {
                 let name = format!("{}.{spaces}", state.name);
                 Doing::Fork { child: state.fork(self.number, name) }
             }

@@ -1,8 +1,8 @@
 //! The cache, and the lane that fills it, with a source that the test plays.
 
 use super::*;
-use crate::pages::{Arrival, Family, Installer, Origin, Resolution};
-use kernel::uffd::Install;
+use crate::pages::{Arrival, Family, Installer, Origin, Resolution, Rest, What};
+use kernel::uffd::{Install, Probe};
 use protocol::link::Stream;
 use protocol::units::{PAGE_SIZE, TaskAddr};
 use protocol::wire::frame::{Kind, encode_frame};
@@ -183,6 +183,10 @@ impl Installer for Kernel {
     fn wake(&self, _: TaskAddr, _: u64) -> io::Result<()> {
         Ok(())
     }
+
+    fn probe(&self, _: TaskAddr) -> io::Result<Probe> {
+        Ok(Probe::Unregistered)
+    }
 }
 
 /// A family of 20 pages at 100, of which 4..16 are kept: those from 12 on as zeros, and 14 and 15 copied again.
@@ -213,13 +217,15 @@ fn a_fault_on_a_kept_page_needs_no_source_wherever_it_is() {
     assert_eq!(family.fault(root, addr(105)), Resolution::Kept(5));
     let child_kernel = Kernel::default();
     let child = family.forked(root, child_kernel.clone()).unwrap();
-    family.remapped(root, addr(104), addr(900), 4);
+    assert_eq!(family.rest(root).unwrap(), Rest::AsRead);
+    family.changed(root, What::Remapped { from: addr(104), to: addr(900), pages: 4 });
+    assert_eq!(family.rest(root).unwrap(), Rest::AsRead);
     assert_eq!(family.fault(root, addr(901)), Resolution::Kept(5));
     assert_eq!(family.arrived_kept(5, 6).unwrap(), Arrival::Settled);
     assert_eq!(*kernel.0.borrow(), [(901, 1, Some(7))]);
     assert_eq!(*child_kernel.0.borrow(), [(105, 1, Some(7))]);
     assert_eq!(family.fault(child, addr(106)), Resolution::Kept(6));
-    family.removed(child, addr(106), addr(107));
+    family.changed(child, What::Removed { start: addr(106), end: addr(107) });
     assert_eq!(family.fault(child, addr(106)), Resolution::Zero);
     assert_eq!(family.kept().unwrap().pages(), 11);
 }
@@ -228,7 +234,7 @@ fn a_fault_on_a_kept_page_needs_no_source_wherever_it_is() {
 fn everything_kept_is_installed_latest_copies_first_and_counted_once() {
     let (mut family, kernel) = family();
     let root = family.restored(kernel.clone());
-    family.removed(root, addr(108), addr(110));
+    family.changed(root, What::Removed { start: addr(108), end: addr(110) });
     family.arrived(4, &[1; PAGE_SIZE], Origin::Push).unwrap();
     let mut order = Vec::new();
     while let Some(pages) = family.next_kept(0, 3) {

@@ -20,10 +20,16 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
     /// Serves a space that another one knows: the first loop tells all others.
     pub(super) fn adopt(&mut self, space: ServedSpace<I>) {
         let known = |served: &ServedSpace<I>| (served.family, served.space) == (space.family, space.space);
-        match self.served.iter().any(known) {
-            true => {}
-            false if self.number == 0 => self.serve(space),
-            false => self.served.push(space),
+        if self.served.iter().any(known) {
+            return;
+        }
+        // A daemon before this one may have ended in the middle of a change.
+        if self.tree.lock(space.family).is_changing(space.space) {
+            self.awaits_rest(space.family, space.space);
+        }
+        match self.number {
+            0 => self.serve(space),
+            _ => self.served.push(space),
         }
     }
 

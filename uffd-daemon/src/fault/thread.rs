@@ -57,7 +57,9 @@ impl<U: Upstream> FaultLoop<U> {
         }
         let timeout = if self.has_work() {
             Duration::ZERO
-        } else if !self.deferred.is_empty() || !self.unresolved.is_empty() {
+        } else if !self.changing.is_empty() && self.changed.elapsed() < limits::CHANGE_SOON {
+            limits::CHANGE_LOOK
+        } else if !(self.deferred.is_empty() && self.unresolved.is_empty() && self.changing.is_empty()) {
             Duration::from_millis(1)
         } else {
             let due = self.upstream.as_ref().and_then(Upstream::due);

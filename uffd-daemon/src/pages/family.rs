@@ -12,6 +12,7 @@ use protocol::wire::frame::TaskRun;
 
 use super::installer::{Installer, in_one_area};
 use super::space::{Space, Stretch};
+use super::under_way::What;
 use crate::cache::{Content, Kept};
 use crate::prefetch::{Ahead, Streams};
 
@@ -33,7 +34,7 @@ const ORIGINS: usize = 4;
 
 /// Names a space within its family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SpaceId(usize);
+pub struct SpaceId(pub(super) usize);
 
 impl SpaceId {
     /// As a number.
@@ -60,6 +61,8 @@ pub enum Resolution {
     Kept(u64),
     /// It has no content: a zero page.
     Zero,
+    /// A change under way leaves in doubt what belongs there: ask again once the space is at rest.
+    Unknown,
 }
 
 /// Why pages could not be installed now.
@@ -81,16 +84,30 @@ pub enum Arrival {
 }
 
 #[derive(Debug)]
-struct Member<I> {
-    space: Space,
-    installer: I,
+pub(super) struct Member<I> {
+    pub(super) space: Space,
+    pub(super) installer: I,
+    /// Changes that were read and are perhaps under way, with others that were not read yet.
+    pub(super) under_way: Vec<What>,
+    /// Of a child: who forked it, in a change that is under way. What the child has is not known yet.
+    pub(super) unborn_of: Option<SpaceId>,
+}
+
+impl<I> Member<I> {
+    pub(super) fn is_changing(&self) -> bool {
+        self.unborn_of.is_some() || !self.under_way.is_empty()
+    }
+
+    pub(super) fn is_in_doubt(&self, at: TaskAddr) -> bool {
+        self.unborn_of.is_some() || self.under_way.iter().any(|what| what.touches(at))
+    }
 }
 
 /// One task of the images and the address spaces that share its lazy pages.
 #[derive(Debug)]
 pub struct Family<I> {
-    map: TaskMap,
-    members: Vec<Option<Member<I>>>,
+    pub(super) map: TaskMap,
+    pub(super) members: Vec<Option<Member<I>>>,
     /// Asked for by a fault and not arrived yet.
     asked: Bitmap,
     /// Where threads read on.
@@ -163,15 +180,16 @@ impl<I: Installer> Family<I> {
     /// The restored task's own space.
     pub fn restored(&mut self, installer: I) -> SpaceId {
         let space = Space::restored(&self.map);
-        self.add(space, installer)
+        self.add(Some((space, installer)), None)
     }
 
-    fn add(&mut self, space: Space, installer: I) -> SpaceId {
-        self.members.push(Some(Member { space, installer }));
+    pub(super) fn add(&mut self, of: Option<(Space, I)>, unborn_of: Option<SpaceId>) -> SpaceId {
+        let member = |(space, installer)| Member { space, installer, under_way: Vec::new(), unborn_of };
+        self.members.push(of.map(member));
         SpaceId(self.members.len() - 1)
     }
 
-    fn member(&mut self, id: SpaceId) -> Option<&mut Member<I>> {
+    pub(super) fn member(&mut self, id: SpaceId) -> Option<&mut Member<I>> {
         self.members.get_mut(id.0)?.as_mut()
     }
 
@@ -220,6 +238,9 @@ impl<I: Installer> Family<I> {
 
     /// A thread waits for the page at `at`.
     pub fn fault(&mut self, id: SpaceId, at: TaskAddr) -> Resolution {
+        if self.is_in_doubt(id, at) {
+            return Resolution::Unknown;
+        }
         let Some(index) = self.space(id).and_then(|space| space.remote_at(at)) else {
             return Resolution::Zero;
         };
@@ -227,52 +248,6 @@ impl<I: Installer> Family<I> {
             return Resolution::Kept(index);
         }
         if self.asked.set(index) { Resolution::Ask(index) } else { Resolution::Asked(index) }
-    }
-
-    /// The task dropped the content of a range; who waits there must look again.
-    pub fn removed(&mut self, id: SpaceId, start: TaskAddr, end: TaskAddr) {
-        if let Some(member) = self.member(id) {
-            member.space.remove(start, end);
-        }
-    }
-
-    /// The task unmapped a range.
-    pub fn unmapped(&mut self, id: SpaceId, start: TaskAddr, end: TaskAddr) {
-        if let Some(member) = self.member(id) {
-            member.space.unmap(start, end);
-        }
-    }
-
-    /// The task moved a range.
-    pub fn remapped(&mut self, id: SpaceId, from: TaskAddr, to: TaskAddr, pages: u64) {
-        if let Some(member) = self.member(id) {
-            member.space.remap(from, to, pages);
-        }
-    }
-
-    /// The task forked: the child misses what the parent missed.
-    pub fn forked(&mut self, parent: SpaceId, child: I) -> Option<SpaceId> {
-        let space = self.member(parent)?.space.clone();
-        Some(self.add(space, child))
-    }
-
-    /// As [`Family::restored`], from a record; without an installer the space keeps its number and is not served.
-    pub fn restored_again(&mut self, installer: Option<I>) -> Option<SpaceId> {
-        let space = Space::restored(&self.map);
-        self.add_again(Some(space).zip(installer))
-    }
-
-    /// As [`Family::forked`], from a record.
-    pub fn forked_again(&mut self, parent: SpaceId, installer: Option<I>) -> Option<SpaceId> {
-        let space = self.member(parent).map(|parent| parent.space.clone());
-        self.add_again(space.zip(installer))
-    }
-
-    fn add_again(&mut self, member: Option<(Space, I)>) -> Option<SpaceId> {
-        let id = SpaceId(self.members.len());
-        let served = member.is_some();
-        self.members.push(member.map(|(space, installer)| Member { space, installer }));
-        served.then_some(id)
     }
 
     /// Takes over what was acknowledged by who served these spaces before, by index in the whole tree: it is settled
@@ -300,9 +275,11 @@ impl<I: Installer> Family<I> {
         }
     }
 
-    /// The address space is gone; its installer comes back to be dropped outside any lock.
+    /// The address space is gone; its installer comes back to be dropped outside any lock. One that is changing stays: what its
+    /// children have is not known yet.
     pub fn exited(&mut self, id: SpaceId) -> Option<I> {
-        self.members.get_mut(id.0)?.take().map(|member| member.installer)
+        let member = self.members.get_mut(id.0)?;
+        member.take_if(|member| !member.is_changing()).map(|member| member.installer)
     }
 
     /// A thread waits for the page `index`: what it will probably need next.
@@ -377,6 +354,11 @@ impl<I: Installer> Family<I> {
         let mut blocked = None;
         for slot in 0..self.members.len() {
             let mut from = first;
+            let missing = |m: &Member<I>| m.is_changing() && m.space.remote_in(first, end).is_some();
+            if self.members[slot].as_ref().is_some_and(missing) {
+                blocked = Some(Blocked::Changing);
+                continue;
+            }
             while let Some(stretch) = self.members[slot].as_ref().and_then(|m| m.space.remote_in(from, end)) {
                 match self.install(slot, stretch, first, content)? {
                     Ok(pages) => {
@@ -599,7 +581,9 @@ const fn bytes(pages: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Rest;
     use super::*;
+    use kernel::uffd::Probe;
     use protocol::lazy_map::LazyMap;
     use protocol::units::ImageAddr;
     use std::cell::{Cell, RefCell};
@@ -637,6 +621,10 @@ mod tests {
             self.woken.borrow_mut().push(at.get());
             Ok(())
         }
+
+        fn probe(&self, _: TaskAddr) -> io::Result<Probe> {
+            Ok(Probe::Unregistered)
+        }
     }
 
     fn addr(page: u64) -> TaskAddr {
@@ -668,7 +656,7 @@ mod tests {
         assert_eq!(family.fault(root, addr(99)), Resolution::Zero);
         assert_eq!(family.arrived(1, &data(1..2), Origin::Demand).unwrap(), Arrival::Settled);
         assert_eq!(family.arrived(0, &data(0..3), Origin::Push).unwrap(), Arrival::Settled);
-        family.removed(root, addr(19), addr(20));
+        family.changed(root, What::Removed { start: addr(19), end: addr(20) });
         // Too late is not twice.
         assert_eq!(family.arrived(3, &data(3..4), Origin::Push).unwrap(), Arrival::Settled);
         let counts = family.counts();
@@ -686,7 +674,8 @@ mod tests {
         family.arrived(0, &data(0..1), Origin::Push).unwrap();
         family.forked(root, child.clone()).unwrap();
         assert_eq!(acks(&mut family), 1);
-        family.removed(root, addr(17), addr(20));
+        assert_eq!(family.rest(root).unwrap(), Rest::AsRead);
+        family.changed(root, What::Removed { start: addr(17), end: addr(20) });
         assert_eq!(acks(&mut family), 0, "the child still misses them");
         family.arrived(1, &data(1..4), Origin::Push).unwrap();
         assert_eq!(acks(&mut family), 3);
@@ -701,10 +690,11 @@ mod tests {
         let root = family.restored(Model::default());
         family.arrived(1, &data(1..3), Origin::Push).unwrap();
         assert_eq!(acks(&mut family), 2, "acknowledged, perhaps on a link that lost it");
-        family.removed(root, addr(21), addr(22));
+        family.changed(root, What::Removed { start: addr(21), end: addr(22) });
         family.forked(root, Model::default()).unwrap();
+        assert_eq!(family.rest(root).unwrap(), Rest::AsRead);
         family.arrived(3, &data(3..4), Origin::Push).unwrap();
-        family.removed(root, addr(16), addr(17));
+        family.changed(root, What::Removed { start: addr(16), end: addr(17) });
         let mut map = Bitmap::clear(6);
         family.report_settled(0, 2, &mut map);
         family.report_settled(2, 6, &mut map);
@@ -721,20 +711,25 @@ mod tests {
     fn a_family_is_put_together_again_from_what_was_recorded() {
         let mut before = family(6);
         let root = before.restored(Model::default());
-        before.removed(root, addr(16), addr(17));
+        before.changed(root, What::Removed { start: addr(16), end: addr(17) });
         before.forked(root, Model::default()).unwrap();
-        before.remapped(root, addr(18), addr(40), 2);
+        assert_eq!(before.rest(root).unwrap(), Rest::AsRead);
+        before.changed(root, What::Remapped { from: addr(18), to: addr(40), pages: 2 });
+        assert_eq!(before.rest(root).unwrap(), Rest::AsRead);
         before.arrived(4, &data(4..6), Origin::Push).unwrap();
         let mut acknowledged = Bitmap::clear(6);
         acknowledged.set_range(4, 6);
 
         let mut again = family(6);
         let kernels = [Model::default(), Model::default()];
-        assert_eq!(again.restored_again(Some(kernels[0].clone())), Some(root));
-        again.removed(root, addr(16), addr(17));
-        let child = again.forked_again(root, Some(kernels[1].clone())).unwrap();
-        again.remapped(root, addr(18), addr(40), 2);
+        assert_eq!(again.restored_again(Some(kernels[0].clone())), root);
+        again.changed(root, What::Removed { start: addr(16), end: addr(17) });
+        let child = again.forked_again(root, Some(kernels[1].clone()));
+        again.rested_as_read(root);
+        again.changed(root, What::Remapped { from: addr(18), to: addr(40), pages: 2 });
         again.acknowledged_before(&acknowledged);
+        // Whether this was over the daemon before did not record.
+        assert_eq!(again.rest(root).unwrap(), Rest::AsRead);
         assert_eq!(again.remote_pages(), before.remote_pages());
         assert_eq!(again.fault(root, addr(41)), Resolution::Ask(3));
         assert_eq!(again.fault(root, addr(16)), Resolution::Zero);
@@ -769,7 +764,7 @@ mod tests {
         let kernel = Model::default();
         let root = family.restored(kernel.clone());
         assert_eq!(family.fault(root, addr(16)), Resolution::Ask(0));
-        family.removed(root, addr(16), addr(17));
+        family.changed(root, What::Removed { start: addr(16), end: addr(17) });
         family.arrived(0, &data(0..1), Origin::Demand).unwrap();
         assert!(kernel.pages.borrow().is_empty());
         assert_eq!(family.fault(root, addr(16)), Resolution::Zero);

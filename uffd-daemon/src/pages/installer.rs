@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use kernel::uffd::{Event, EventBuffer, Install, Uffd};
+use kernel::uffd::{Event, EventBuffer, Install, Probe, Uffd};
 use protocol::units::TaskAddr;
 
 /// Puts pages into one address space.
@@ -25,6 +25,12 @@ pub trait Installer {
     /// # Errors
     /// What is no ordinary outcome.
     fn wake(&self, at: TaskAddr, bytes: u64) -> io::Result<()>;
+
+    /// Whether missing pages at `at` are reported; changes nothing.
+    ///
+    /// # Errors
+    /// What is no ordinary outcome.
+    fn probe(&self, at: TaskAddr) -> io::Result<Probe>;
 }
 
 /// Does something to `pages` pages, or to as many from the first on as lie in its area: the kernel takes nothing that
@@ -74,5 +80,9 @@ impl Installer for Arc<Uffd> {
 
     fn wake(&self, at: TaskAddr, bytes: u64) -> io::Result<()> {
         Uffd::wake(self, at.get(), bytes)
+    }
+
+    fn probe(&self, at: TaskAddr) -> io::Result<Probe> {
+        Uffd::probe(self, at.get())
     }
 }

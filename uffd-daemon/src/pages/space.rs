@@ -101,6 +101,31 @@ impl Space {
         (pages > 0).then(|| Stretch { at: at.add(offset), first: start, pages })
     }
 
+    /// A space that is not known yet, of a family of so many pages.
+    pub(super) fn unknown(pages: u64) -> Self {
+        Self {
+            by_addr: BTreeMap::new(),
+            by_index: BTreeMap::new(),
+            remote: Bitmap::clear(pages),
+            remote_pages: 0,
+        }
+    }
+
+    /// Whether a lazy page is at `at`, remote or not.
+    pub(super) fn has(&self, at: TaskAddr) -> bool {
+        let before = self.by_addr.range(..=at).next_back();
+        before.is_some_and(|(start, segment)| at.pages_since(*start) < segment.pages)
+    }
+
+    /// Where lazy pages are in `start..end`, and how many.
+    pub(super) fn segments_in(
+        &self,
+        start: TaskAddr,
+        end: TaskAddr,
+    ) -> impl Iterator<Item = (TaskAddr, u64)> + use<> {
+        self.overlapping(start, end).into_iter().map(|(at, segment)| (at, segment.pages))
+    }
+
     /// The first address of every segment, to check that restore registered them.
     pub fn segment_starts(&self) -> impl Iterator<Item = TaskAddr> + '_ {
         self.by_addr.keys().copied()
@@ -133,14 +158,6 @@ impl Space {
         for (at, segment) in moved {
             self.insert(to.add(at.pages_since(from)), segment);
         }
-    }
-
-    /// The whole space is gone.
-    pub fn clear(&mut self) {
-        self.remote.unset_range(0, self.remote.len());
-        self.remote_pages = 0;
-        self.by_addr.clear();
-        self.by_index.clear();
     }
 
     fn insert(&mut self, at: TaskAddr, segment: Segment) {
