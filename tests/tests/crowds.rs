@@ -106,9 +106,10 @@ fn many_moves_at_once_into_one_daemon() {
 #[test]
 fn many_processes_in_one_tree() {
     let Some(site) = Site::new() else { return };
-    let (tree, count) = (32, 32);
-    let options =
-        Options { mib: 1, threads: 1, rate_us: 20_000, tree, ..stamps::options(&site, "processes") };
+    let tree: u16 = if tests::long() { 256 } else { 32 };
+    // Together they do as much, however many they are.
+    let (count, rate_us) = (usize::from(tree), 625 * u64::from(tree));
+    let options = Options { mib: 1, threads: 1, rate_us, tree, ..stamps::options(&site, "processes") };
     let mut stamp = Stamp::start(&options);
     let plan = Plan::new().source(["--push-rate", "64M"]);
     let destination = plan.serve(&site);

@@ -355,7 +355,7 @@ impl<I: Installer> Family<I> {
         for slot in 0..self.members.len() {
             let mut from = first;
             let missing = |m: &Member<I>| m.is_changing() && m.space.remote_in(first, end).is_some();
-            if self.members[slot].as_ref().is_some_and(missing) {
+            if self.members[slot].as_ref().is_some_and(missing) && !self.rest_alone(SpaceId(slot))? {
                 blocked = Some(Blocked::Changing);
                 continue;
             }

@@ -89,6 +89,12 @@ impl<I: Installer> Family<I> {
         Ok(if order.is_as_read() { Rest::AsRead } else { Rest::Ordered(order) })
     }
 
+    /// As [`Family::rest`], where no order has to be found, and recorded; false otherwise.
+    pub(super) fn rest_alone(&mut self, id: SpaceId) -> io::Result<bool> {
+        let of = self.members.get(id.0).and_then(Option::as_ref);
+        Ok(!of.is_some_and(|member| may_differ(&member.under_way)) && self.rest(id)? == Rest::AsRead)
+    }
+
     /// Applies what was read of a space in this order.
     fn rested(&mut self, id: SpaceId, order: &Order) {
         let Some(member) = self.member(id) else { return };
