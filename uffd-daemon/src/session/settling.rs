@@ -284,10 +284,10 @@ impl Session {
             // Not before everything that the fault loops had to say about the old lanes was heard.
             if attached == 0 && self.gathered.is_some() && switchover.step(Event::Attached) == Action::Resume
             {
-                tracing::warn!("resumed after {:.3?}", since.elapsed());
                 if let Some(journal) = brought_up.tree.journal() {
                     journal.set_resumed();
                 }
+                tracing::warn!("resumed after {:.3?}", since.elapsed());
                 return Ok(Resumed::Attached);
             }
             let whole = brought_up.tree.check_settled();
