@@ -14,7 +14,7 @@ use tests::proxy::Proxy;
 use tests::site::{Site, assert_ends};
 use tests::stamps::{self, Stamp};
 use tests::tool::Tool;
-use tests::{MOVE, STEP, processes, programs};
+use tests::{MOVE, STEP, eventually, processes, programs};
 
 fn busy(site: &Site) -> Options {
     Options { mib: 128, threads: 2, rate_us: 200, churn: true, fork: true, ..stamps::options(site, "busy") }
@@ -54,8 +54,10 @@ fn kill_daemon(under_way: &mut Move, state: &Path) {
     under_way.destination.tool.signal(Signal::SIGKILL);
     under_way.destination.tool.wait(STEP);
     under_way.source.tool.wait_line("paused: ", STEP);
-    let shown = status(state);
-    assert!(shown.contains("paused for") && shown.contains("pages not acknowledged"), "{shown}");
+    eventually("a keeper that knows that it is alone", STEP, || {
+        let shown = status(state);
+        (shown.contains("paused for") && shown.contains("pages not acknowledged")).then_some(())
+    });
 }
 
 /// The move is released by whoever took over, and everything is right.
