@@ -220,7 +220,9 @@ fn status_says_which_move_waits_for_its_link() {
     assert!(shown.contains("its link is lost") && shown.contains("s more"), "{shown}");
     line.set_down(false);
     under_way.destination.tool.wait_line("resumed after", STEP);
-    assert!(!status(&state).contains("paused"), "{}", status(&state));
+    let shown = status(&state);
+    let [source, destination] = [&under_way.source.tool, &under_way.destination.tool].map(Tool::last_lines);
+    assert!(!shown.contains("paused"), "{shown}\n{source}\n{destination}");
     under_way.wait().assert_arrived(tests::accounts::Memory::Resumed);
     stamp.mark_moved();
     stamp.assert_unharmed();

@@ -145,6 +145,8 @@ impl<'a> Committed<'a> {
 
     fn take_notices(&mut self, mover: &mut Mover) -> Result<bool, String> {
         let mut released = false;
+        // Lanes fail together: who makes them anew for one must not do so again for the others.
+        let mut failing = None;
         for notice in self.serving.notices.empty() {
             let (event, what) = match notice {
                 Notice::Lane(Ok(())) => continue,
@@ -155,12 +157,18 @@ impl<'a> Committed<'a> {
                 Notice::Drained(Ok(())) => (Event::Drained, String::new()),
                 Notice::AllAcknowledged => (Event::Acknowledged, String::new()),
                 Notice::Drained(Err(error)) => (Event::Broken, error.to_string()),
-                Notice::Lane(Err(error)) if error.is_link() => (Event::Failing, error.to_string()),
+                Notice::Lane(Err(error)) if error.is_link() => {
+                    failing.get_or_insert(error);
+                    continue;
+                }
                 Notice::Lane(Err(error)) => (Event::Broken, error.to_string()),
             };
             released = self.step(mover, event, &what)?;
         }
-        Ok(released)
+        match failing {
+            Some(error) if !released => self.step(mover, Event::Failing, &error.to_string()),
+            _ => Ok(released),
+        }
     }
 
     /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
