@@ -131,6 +131,17 @@ impl Tool {
         self.output.state.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
+    /// Whether a daemon that took over says that the one before it was killed between reading an event and recording it: the
+    /// one window that the kernel does not let anybody close. What was lost in it is said, and not judged.
+    #[must_use]
+    pub fn says_event_lost(&self) -> bool {
+        let lost = self.lines().iter().any(|line| line.contains("between reading an event"));
+        if lost {
+            println!("a daemon was killed between reading an event and recording it");
+        }
+        lost
+    }
+
     /// Waits for its end, and for the end of both streams, which nobody may keep open beyond it; returns the exit
     /// status, 128 and the signal for one that was killed.
     ///
