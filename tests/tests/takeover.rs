@@ -79,12 +79,12 @@ fn assert_finished(
     }
     assert_eq!(reports[0].session, reports[1].session);
     stamp.mark_moved();
+    assert!(status(state).contains("no moves"), "{}", status(state));
     if lost || follower.says_event_lost() {
         return;
     }
     stamp.assert_unharmed();
     stamp.quit();
-    assert!(status(state).contains("no moves"), "{}", status(state));
     site.assert_clean(&[]);
     println!("{}{}", reports[0], reports[1]);
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
-use protocol::units::{TaskAddr, bytes_to_pages, pages_to_bytes};
+use protocol::units::pages_to_bytes;
 
 use crate::limits;
 use crate::pages::{Rest, What, in_one_area};
@@ -54,25 +54,13 @@ fn read_events(
     events: &mut EventBuffer,
 ) -> io::Result<Vec<ServedSpace>> {
     let mut children = Vec::new();
-    let at = TaskAddr::containing;
     of.uffd.read(events, |event| match event {
-        // At once: what the parent does from here on is not the child's.
         Event::Fork { child } => {
             let uffd = Arc::new(Uffd::from(child));
             let space = family.forked(of.space, uffd.clone());
             children.extend(space.map(|space| ServedSpace { family: of.family, space, uffd }));
         }
-        Event::Remap { from, to, len } => {
-            let (from, to, pages) = (at(from), at(to), bytes_to_pages(len));
-            family.changed(of.space, What::Remapped { from, to, pages });
-        }
-        Event::Remove { start, end } => {
-            family.changed(of.space, What::Removed { start: at(start), end: at(end) });
-        }
-        Event::Unmap { start, end } => {
-            family.changed(of.space, What::Unmapped { start: at(start), end: at(end) });
-        }
-        Event::Fault { .. } | Event::Unknown(_) => {}
+        event => What::of(&event).into_iter().for_each(|what| family.changed(of.space, what)),
     })?;
     Ok(children)
 }

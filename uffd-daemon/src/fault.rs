@@ -3,8 +3,8 @@
 //!
 //! A session with several fault lanes has a loop for each. All serve the same address spaces; the first reads always, the
 //! others assist: they read as long as many threads wait at once, which the first one tells them. Who reads a fault asks
-//! for its page and installs it. Events are read and applied under the family's lock, so they have one order
-//! whoever reads them.
+//! for its page and installs it. Events are read and taken in under the family's lock, so they have one order
+//! whoever reads them; they are applied once their space is at rest.
 //!
 //! ```text
 //!   poll ─▶ uffd readable ─▶ lock family, read events, decide ─▶ zero page | kept here: install, wake | ask
@@ -28,7 +28,7 @@ use hdrhistogram::Histogram;
 use host::mailbox::{Mailbox, Post};
 use kernel::poll::PollSet;
 use kernel::uffd::{Event, EventBuffer, Install, Uffd};
-use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, bytes_to_pages, pages_to_bytes};
+use protocol::units::{PAGE_BYTES, PAGE_SIZE, PageRun, TaskAddr, pages_to_bytes};
 
 use crate::awake::Awake;
 use crate::inflight::{Asked, InFlight, Purpose, Waiter};
@@ -284,7 +284,6 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         let mut zeroed = 0;
         let mut kept: [Option<(u64, TaskAddr)>; kernel::uffd::EVENTS_PER_READ] = [None; _];
         let mut local = 0;
-        let (mut unsettled, mut unsettles) = ([TaskAddr::default(); kernel::uffd::EVENTS_PER_READ], 0);
         let mut unknown = None;
         // What was under way and is over has come before what is read now.
         tree.rest(family, &mut guard, space)?;
@@ -313,10 +312,7 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
                         zeroes[zeroed] = at;
                         zeroed += 1;
                     }
-                    Resolution::Unknown => {
-                        unsettled[unsettles] = at;
-                        unsettles += 1;
-                    }
+                    Resolution::Unknown => self.unresolved.push((position, at)),
                 }
             }
             Event::Fork { child: uffd } => {
@@ -327,25 +323,12 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
                     children.push(ServedSpace { family, space: child, uffd });
                 }
             }
-            Event::Remap { from, to, len } => {
-                let (from, to) = (TaskAddr::containing(from), TaskAddr::containing(to));
-                tree.changed(
-                    family,
-                    &mut guard,
-                    space,
-                    What::Remapped { from, to, pages: bytes_to_pages(len) },
-                );
-                wake(&uffd, from, len);
-            }
-            Event::Remove { start, end } => {
-                let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
-                tree.changed(family, &mut guard, space, What::Removed { start, end });
-                wake(&uffd, start, end.get() - start.get());
-            }
-            Event::Unmap { start, end } => {
-                let (start, end) = (TaskAddr::containing(start), TaskAddr::containing(end));
-                tree.changed(family, &mut guard, space, What::Unmapped { start, end });
-                wake(&uffd, start, end.get() - start.get());
+            Event::Remap { .. } | Event::Remove { .. } | Event::Unmap { .. } => {
+                let Some(what) = What::of(&event) else { return };
+                tree.changed(family, &mut guard, space, what);
+                if let Some((start, end)) = what.leaves() {
+                    wake(&uffd, start, end.get() - start.get());
+                }
             }
             Event::Unknown(kind) => unknown = Some(kind),
         })?;
@@ -357,7 +340,6 @@ impl<U: Upstream, I: AddressSpace> FaultLoop<U, I> {
         if guard.is_changing(space) {
             self.awaits_rest(family, space);
         }
-        self.unresolved.extend(unsettled[..unsettles].iter().map(|at| (position, *at)));
         for at in &zeroes[..zeroed] {
             // A page of a fork's copy or one that changed hands within this batch is looked at again.
             self.zero(&mut guard, position, space, *at)?;

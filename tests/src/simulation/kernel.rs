@@ -400,12 +400,6 @@ impl State {
         !self.dropping.is_empty()
     }
 
-    /// Whether a thread has not yet gone on behind its event.
-    #[must_use]
-    pub const fn is_changing(&self) -> bool {
-        self.changing > 0
-    }
-
     /// The task ends, or is killed.
     pub fn exit(&mut self) {
         self.gone = true;

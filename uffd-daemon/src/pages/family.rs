@@ -179,14 +179,17 @@ impl<I: Installer> Family<I> {
 
     /// The restored task's own space.
     pub fn restored(&mut self, installer: I) -> SpaceId {
-        let space = Space::restored(&self.map);
-        self.add(Some((space, installer)), None)
+        self.restored_again(Some(installer))
     }
 
     pub(super) fn add(&mut self, of: Option<(Space, I)>, unborn_of: Option<SpaceId>) -> SpaceId {
         let member = |(space, installer)| Member { space, installer, under_way: Vec::new(), unborn_of };
         self.members.push(of.map(member));
         SpaceId(self.members.len() - 1)
+    }
+
+    pub(super) fn get(&self, id: SpaceId) -> Option<&Member<I>> {
+        self.members.get(id.0)?.as_ref()
     }
 
     pub(super) fn member(&mut self, id: SpaceId) -> Option<&mut Member<I>> {
@@ -233,7 +236,7 @@ impl<I: Installer> Family<I> {
     /// A space of this family, if it is still there.
     #[must_use]
     pub fn space(&self, id: SpaceId) -> Option<&Space> {
-        self.members.get(id.0)?.as_ref().map(|member| &member.space)
+        self.get(id).map(|member| &member.space)
     }
 
     /// A thread waits for the page at `at`.

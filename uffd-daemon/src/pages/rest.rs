@@ -25,7 +25,7 @@ impl<I: Installer> Family<I> {
     /// Whether a change under way leaves in doubt what belongs at `at`.
     #[must_use]
     pub fn is_in_doubt(&self, id: SpaceId, at: TaskAddr) -> bool {
-        self.members.get(id.0).and_then(Option::as_ref).is_some_and(|member| member.is_in_doubt(at))
+        self.get(id).is_some_and(|member| member.is_in_doubt(at))
     }
 
     /// The task changed the space. A fork is told as [`Family::forked`]. Until the space is at rest, see [`Family::rest`],
@@ -48,7 +48,7 @@ impl<I: Installer> Family<I> {
     /// Whether changes are perhaps under way in a space, or in those that it was forked off.
     #[must_use]
     pub fn is_changing(&self, id: SpaceId) -> bool {
-        self.members.get(id.0).and_then(Option::as_ref).is_some_and(Member::is_changing)
+        self.get(id).is_some_and(Member::is_changing)
     }
 
     /// Applies what was read of a space, if nothing is under way there any more.
@@ -56,7 +56,7 @@ impl<I: Installer> Family<I> {
     /// # Errors
     /// An errno from the kernel that is no ordinary outcome.
     pub fn rest(&mut self, id: SpaceId) -> io::Result<Rest> {
-        let Some(member) = self.members.get(id.0).and_then(Option::as_ref) else { return Ok(Rest::AsRead) };
+        let Some(member) = self.get(id) else { return Ok(Rest::AsRead) };
         if !member.is_changing() {
             return Ok(Rest::AsRead);
         }
@@ -72,13 +72,13 @@ impl<I: Installer> Family<I> {
         let changes = &member.under_way;
         let mut order = Order::as_read(changes.len());
         if tells && member.space.remote_pages() > 0 && may_differ(changes) {
-            let of = |id: SpaceId| self.members.get(id.0).and_then(Option::as_ref);
             let children = changes.iter().filter_map(|what| match what {
-                What::Forked { child } => Some(Child { id: *child, changes: &of(*child)?.under_way }),
+                What::Forked { child } => Some(Child { id: *child, changes: &self.get(*child)?.under_way }),
                 _ => None,
             });
             let probe = |who: Option<SpaceId>, at| {
-                who.map_or(Some(member), of).map_or(Ok(Probe::TaskGone), |member| member.installer.probe(at))
+                let asked = who.map_or(Some(member), |child| self.get(child));
+                asked.map_or(Ok(Probe::TaskGone), |asked| asked.installer.probe(at))
             };
             match find_order(&member.space, changes, &children.collect::<Vec<_>>(), probe)? {
                 Some(found) => order = found,
@@ -91,8 +91,8 @@ impl<I: Installer> Family<I> {
 
     /// As [`Family::rest`], where no order has to be found, and recorded; false otherwise.
     pub(super) fn rest_alone(&mut self, id: SpaceId) -> io::Result<bool> {
-        let of = self.members.get(id.0).and_then(Option::as_ref);
-        Ok(!of.is_some_and(|member| may_differ(&member.under_way)) && self.rest(id)? == Rest::AsRead)
+        let differs = self.get(id).is_some_and(|member| may_differ(&member.under_way));
+        Ok(!differs && self.rest(id)? == Rest::AsRead)
     }
 
     /// Applies what was read of a space in this order.
@@ -110,21 +110,23 @@ impl<I: Installer> Family<I> {
 
     /// A space is at rest, from a record that has no order for it: what was read before took effect as it was read.
     pub fn rested_as_read(&mut self, id: SpaceId) {
-        let count = self.member(id).map_or(0, |member| member.under_way.len());
-        if count > 0 {
-            self.rested_in_order(id, Order::as_read(count).packed());
+        if self.get(id).is_some_and(|member| !member.under_way.is_empty()) {
+            self.rested_again(id, Order::as_read);
         }
     }
 
     /// As [`Family::rested_as_read`], in this order.
     pub fn rested_in_order(&mut self, id: SpaceId, packed: u64) {
+        self.rested_again(id, |count| Order::unpacked(packed, count));
+    }
+
+    fn rested_again(&mut self, id: SpaceId, order: impl FnOnce(usize) -> Order) {
         // Who is at rest had begun.
-        if let Some(parent) = self.member(id).and_then(|member| member.unborn_of) {
+        if let Some(parent) = self.get(id).and_then(|member| member.unborn_of) {
             self.rested_as_read(parent);
         }
-        let Some(member) = self.member(id) else { return };
-        let order = Order::unpacked(packed, member.under_way.len());
-        self.rested(id, &order);
+        let count = self.get(id).map_or(0, |member| member.under_way.len());
+        self.rested(id, &order(count));
     }
 
     /// As [`Family::restored`], from a record; without an installer the space keeps its number and is not served.

@@ -18,8 +18,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 
-use kernel::uffd::Probe;
-use protocol::units::TaskAddr;
+use kernel::uffd::{Event, Probe};
+use protocol::units::{TaskAddr, bytes_to_pages};
 
 use super::SpaceId;
 use super::space::Space;
@@ -59,6 +59,26 @@ pub enum What {
 }
 
 impl What {
+    /// What an event says that its space has changed; nothing of a fault, or of a child, which has to get its number.
+    #[must_use]
+    pub fn of<C>(event: &Event<C>) -> Option<Self> {
+        let at = TaskAddr::containing;
+        match *event {
+            Event::Remove { start, end } => Some(Self::Removed { start: at(start), end: at(end) }),
+            Event::Unmap { start, end } => Some(Self::Unmapped { start: at(start), end: at(end) }),
+            Event::Remap { from, to, len } => {
+                Some(Self::Remapped { from: at(from), to: at(to), pages: bytes_to_pages(len) })
+            }
+            Event::Fault { .. } | Event::Fork { .. } | Event::Unknown(_) => None,
+        }
+    }
+
+    /// From where to where what was there is not there any more: who waits there must look again.
+    #[must_use]
+    pub fn leaves(self) -> Option<(TaskAddr, TaskAddr)> {
+        self.ranges()[0]
+    }
+
     const fn is_removal(self) -> bool {
         matches!(self, Self::Removed { .. })
     }
