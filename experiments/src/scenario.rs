@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use crate::cli::Common;
 use crate::results::Folder;
-use crate::sweep::{fault_latency, hybrid, lanes, memory_size, prefill, push_interference, stores};
+use crate::sweep::{
+    fault_latency, hybrid, lanes, memory_size, prefill, protection, push_interference, stores,
+};
 use crate::{floors, kv_move, links, stream, tracking, vs_criu, vs_qemu};
 
 /// How to run an experiment.
@@ -109,6 +111,12 @@ pub const ALL: &[Scenario] = &[
         about: "copies ahead that are installed before the process runs: what it costs the blackout and saves behind it",
         run: prefill::run,
         page: prefill::page,
+    },
+    Scenario {
+        name: protection::NAME,
+        about: "what it costs that another program can take over if one is killed",
+        run: protection::run,
+        page: protection::page,
     },
     Scenario {
         name: vs_criu::NAME,

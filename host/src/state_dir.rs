@@ -49,6 +49,14 @@ impl StateDir {
         Ok(Self(path.to_owned()))
     }
 
+    /// As [`StateDir::open`], but nothing where a path is `none`: no word is to be left.
+    ///
+    /// # Errors
+    /// [`StateDirError`].
+    pub fn open_unless_none(path: &Path) -> Result<Option<Self>, StateDirError> {
+        if path == Path::new("none") { Ok(None) } else { Self::open(path).map(Some) }
+    }
+
     /// The path of a session's file of a kind.
     #[must_use]
     pub fn file(&self, session: SessionId, kind: &str) -> PathBuf {
@@ -76,6 +84,13 @@ impl StateDir {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn none_is_no_directory() {
+        assert!(matches!(StateDir::open_unless_none(Path::new("none")), Ok(None)));
+        let dir = tempfile::tempdir().unwrap();
+        assert!(StateDir::open_unless_none(&dir.path().join("none")).unwrap().is_some());
+    }
 
     #[test]
     fn only_its_owner_may_enter() {

@@ -53,12 +53,13 @@ enum Verb {
                             --hook post-dump='ip addr del 192.0.2.80/24 dev eth0' -- --tcp-established"
     )]
     Move(MoveArguments),
-    /// Go on with a move whose `source-server` was killed.
+    /// Go on with a move whose `source-server` was killed, or has given up.
     ///
-    /// A holder process has kept the pages since the tasks were killed here; the destination waits for them. With
-    /// --store frozen, or killed before that, there is nothing to go on with: the tasks are still there, stopped.
+    /// Killed before it had committed, the process runs on here. Else it is the destination's: pages that have not arrived
+    /// are sent from the stopped tasks, or from what a holder process has kept since they were killed here. If the destination
+    /// has rolled the move back it says so, and the process runs on here as well.
     ///
-    /// Exit status: 0 released, or nothing to do; 2 wrong usage; 3 paused again.
+    /// Exit status: 0 released, or nothing to do; 1 rolled back, the process runs here; 2 wrong usage; 3 paused again.
     Resume(ResumeArguments),
     /// Serve pages with CRIU's page-server protocol.
     ///
@@ -154,7 +155,7 @@ fn precopy_pace(text: &str) -> Result<Pace, String> {
 
 #[derive(Debug, Args)]
 struct StateArgument {
-    /// Where word is left for `source-server resume`
+    /// Where word is left for `source-server resume`; `none` for a move that nobody can go on with
     #[arg(long, value_name = "DIR", default_value = kept::DEFAULT_DIR)]
     state_dir: PathBuf,
 }
@@ -163,13 +164,20 @@ struct StateArgument {
 struct ResumeArguments {
     #[command(flatten)]
     state: StateArgument,
+    /// Which move [default: the first that nobody serves]
+    #[arg(long, value_name = "ID")]
+    session: Option<String>,
+    /// Let the process run on here without asking the destination: you have made sure that it does not run there and never
+    /// will. Where its tasks are killed already nothing can
+    #[arg(long, requires = "session")]
+    destination_is_clean: bool,
     /// How fast the background may push: bytes per second (K, M, G), unlimited, or off
     #[arg(long, default_value = "unlimited", value_name = "RATE")]
     push_rate: Pace,
     /// How long the destination is dialled: seconds, or never
     #[arg(long, value_name = "SECONDS")]
     give_up_after: Option<GiveUp>,
-    /// Run COMMAND at a phase: released
+    /// Run COMMAND at a phase: released, rolled-back
     #[arg(long = "hook", value_name = "PHASE=COMMAND")]
     hooks: Vec<Hook>,
     /// Write the report as JSON
@@ -244,18 +252,16 @@ fn run_move(arguments: MoveArguments) -> ExitCode {
         Ok(to) => to,
         Err(error) => return usage(&error),
     };
-    let state = match StateDir::open(&arguments.state.state_dir) {
-        Ok(state) => {
-            kept::sweep(&state);
-            state
-        }
+    let state = match StateDir::open_unless_none(&arguments.state.state_dir) {
+        Ok(state) => state,
         Err(error) => return usage(&error.to_string()),
     };
     let config = MoveConfig {
         pid,
         to,
-        state: Some(state),
+        state,
         link: arguments.link.to_arguments(),
+        destination_is_clean: false,
         store: match arguments.store {
             StoreArgument::Pipes => StoreKind::Pipes,
             StoreArgument::Frozen => StoreKind::Frozen,
@@ -287,18 +293,26 @@ fn run_resume(arguments: ResumeArguments) -> ExitCode {
         StateDir::open(&arguments.state.state_dir).map_err(|error| error.to_string()).and_then(|dir| {
             kept::find(&dir).map_err(|error| format!("cannot read the state directory: {error}"))
         });
+    let wanted = |orphan: &kept::Orphan| {
+        arguments.session.as_ref().is_none_or(|id| *id == orphan.description().session().0.to_string())
+    };
     let mut orphans = match found {
-        Ok(orphans) => orphans.into_iter(),
+        Ok(orphans) => orphans.into_iter().filter(wanted),
         Err(error) => return usage(&error),
     };
     let Some(orphan) = orphans.next() else {
+        if let Some(id) = &arguments.session {
+            return usage(&format!("there is no move {id} to go on with"));
+        }
         println!("no moves to go on with");
         return ExitCode::SUCCESS;
     };
     if orphans.next().is_some() {
         tracing::warn!("there are more moves to go on with: start this again for each");
     }
-    let description = &orphan.description;
+    // Theirs is whoever is started for them.
+    drop(orphans);
+    let description = orphan.description();
     let to = LinkOptions::from_arguments(&description.link).and_then(|link| link.endpoint(&description.to));
     let to = match to {
         Ok(to) => to,
@@ -309,6 +323,7 @@ fn run_resume(arguments: ResumeArguments) -> ExitCode {
         to,
         state: None,
         link: Vec::new(),
+        destination_is_clean: arguments.destination_is_clean,
         store: StoreKind::Pipes,
         pace: arguments.push_rate,
         // The destination has a thread for each of them.

@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::libc::{SIGCONT, SIGKILL, SIGSTOP};
@@ -44,6 +44,25 @@ impl Fence {
         }
         let frozen = own_cgroup(tree).filter(|dir| fs::write(dir.join("cgroup.freeze"), "1").is_ok());
         Ok(Self { frozen })
+    }
+
+    /// A fence that another process has put up.
+    #[must_use]
+    pub const fn standing(cgroup: Option<PathBuf>) -> Self {
+        Self { frozen: cgroup }
+    }
+
+    /// The cgroup that it froze.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.frozen.as_deref()
+    }
+
+    /// Whether no task of the tree can run, whoever continues it.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        let events = self.frozen.as_ref().map(|dir| fs::read_to_string(dir.join("cgroup.events")));
+        events.is_some_and(|events| events.is_ok_and(|text| text.lines().any(|line| line == "frozen 1")))
     }
 
     /// Takes the fence down and lets the tasks run; those that were stopped before stay stopped.

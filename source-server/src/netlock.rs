@@ -55,6 +55,20 @@ impl NetworkLock {
         Ok(Self { namespace, reusing })
     }
 
+    /// The lock around a tree whose network was locked by another process; `reusing` is what it said of it.
+    ///
+    /// # Errors
+    /// `NotFound` if the tree is gone.
+    pub fn resumed(tree: &ProcessTree, reusing: BTreeSet<String>) -> io::Result<Self> {
+        Ok(Self { namespace: crate::dump::other_network(tree.root().pid)?, reusing })
+    }
+
+    /// Sockets, by inode, that had `SO_REUSEADDR` set before the freeze.
+    #[must_use]
+    pub const fn reusing(&self) -> &BTreeSet<String> {
+        &self.reusing
+    }
+
     /// Takes every TCP socket of the tree out of repair mode; returns how many there were.
     #[must_use]
     pub fn end_repair(&self, tree: &ProcessTree) -> usize {

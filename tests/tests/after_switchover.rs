@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use tests::gate::Gate;
 use tests::moves::{Ended, Move, Plan, Side};
 use tests::processes::{self, Entry};
-use tests::proxy::Proxy;
+use tests::proxy::{Proxy, Towards};
 use tests::site::{Site, assert_ends};
 use tests::stamps::{self, Stamp};
 use tests::{MOVE, STEP};
@@ -50,8 +50,12 @@ fn keeper(destination: &Side) -> u32 {
     named(destination, "process", "keeps them from reading zeros")
 }
 
-fn holder(source: &Side) -> u32 {
-    named(source, "kept by process", "(")
+/// Who keeps the pages of tasks that are killed; tasks that stand still have them.
+fn holder(source: &Side, pid: u32) -> Option<u32> {
+    let holder = source.said().contains("kept by process").then(|| named(source, "kept by process", "("));
+    assert_eq!(holder.is_some(), processes::has_ended(pid), "{source:#?}");
+    assert_eq!(holder.is_none(), source.said().contains("stay stopped with all their memory"), "{source:#?}");
+    holder
 }
 
 /// The tree at the destination waits: it is there, nothing it has read was wrong, and it does not get on.
@@ -94,15 +98,17 @@ fn assert_ends_with_the_tree(site: &Site, stamp: &Stamp, root: u32, keeper: u32,
 
 fn assert_paused_for_good(site: &Site, stamp: &mut Stamp, store: &str, ended: &Ended) {
     ended.assert_paused();
-    let (keeper, holder) = (keeper(&ended.destination), holder(&ended.source));
+    let (keeper, holder) = (keeper(&ended.destination), holder(&ended.source, stamp.pid()));
     assert_source_still(store, stamp.pid());
     let root = assert_waits(site, stamp);
-    assert!(!processes::has_ended(keeper) && !processes::has_ended(holder));
-    assert_eq!(Entry::of(holder).unwrap().name, "postcopy-hold");
-    assert!(processes::is_unprivileged(keeper, None) && processes::is_unprivileged(holder, None));
-    assert!(processes::has_filter(keeper));
+    assert!(!processes::has_ended(keeper));
+    assert!(processes::is_unprivileged(keeper, None) && processes::has_filter(keeper));
+    if let Some(holder) = holder {
+        assert_eq!(Entry::of(holder).unwrap().name, "postcopy-hold");
+        assert!(processes::is_unprivileged(holder, None));
+    }
     assert_source_still(store, stamp.pid());
-    assert_ends_with_the_tree(site, stamp, root, keeper, Some(holder));
+    assert_ends_with_the_tree(site, stamp, root, keeper, holder);
     site.assert_clean(&[]);
 }
 
@@ -179,12 +185,12 @@ fn the_destination_is_killed() {
         assert_source_still(store, stamp.pid());
         let root = assert_waits(&site, &mut stamp);
         let init = Entry::of(root).unwrap().parent;
-        let holder = holder(&source);
-        let known = [stamp.pid(), root, init, holder];
+        let holder = holder(&source, stamp.pid());
+        let known: Vec<u32> = holder.into_iter().chain([stamp.pid(), root, init]).collect();
         let keepers: Vec<u32> =
             site.processes().iter().map(|entry| entry.pid).filter(|p| !known.contains(p)).collect();
         let [keeper] = keepers[..] else { panic!("one keeper: {:?}", site.processes()) };
-        assert_ends_with_the_tree(&site, &stamp, root, keeper, Some(holder));
+        assert_ends_with_the_tree(&site, &stamp, root, keeper, holder);
     }
 }
 
@@ -243,14 +249,37 @@ fn a_commit_that_never_arrives_leaves_the_source_stopped() {
         // The source cannot know; the destination never ran it.
         ended.source.assert(3, "paused", &["kill -CONT"]);
         ended.destination.assert(1, "rolled_back", &["lost the source"]);
-        let holder = holder(&ended.source);
+        assert_eq!(holder(&ended.source, stamp.pid()), None);
         assert!(processes::is_stopped(stamp.pid()), "{:?}", Entry::of(stamp.pid()));
-        site.assert_clean(&[stamp.pid(), holder]);
+        site.assert_clean(&[stamp.pid()]);
         // What it told the operator to do.
         processes::signal(stamp.pid(), Signal::SIGCONT);
         stamp.assert_unharmed();
-        processes::signal(holder, Signal::SIGKILL);
         stamp.quit();
+        site.assert_clean(&[]);
+    }
+}
+
+/// A destination that is still there says that it has rolled back, and the source believes it.
+#[test]
+fn a_commit_that_never_arrives_is_undone_where_somebody_can_be_asked() {
+    for store in STORES {
+        let Some(site) = Site::new() else { return };
+        let mut stamp = Stamp::start(&slow(&site));
+        let mut gate = Gate::new(&site, store);
+        let plan = Plan { keep_serving: true, ..Plan::new() };
+        let plan = plan.source(["--store", store]).destination_hook("post-restore", &gate.command());
+        let destination = plan.serve(&site);
+        let link = Proxy::to(&destination.address);
+        let source = plan.source_to(&site, stamp.pid(), link.address());
+        gate.wait_reached();
+        link.reset_control_after(Towards::Destination, 0);
+        gate.open(0);
+        source.wait(MOVE).assert(1, "rolled_back", &["nothing of it is left there"]);
+        stamp.assert_unharmed();
+        stamp.quit();
+        destination.tool.signal(Signal::SIGTERM);
+        destination.wait(STEP).assert(0, "rolled_back", &["lost the source"]);
         site.assert_clean(&[]);
     }
 }
@@ -266,9 +295,9 @@ fn a_commit_without_an_answer_leaves_the_source_stopped() {
         ended.assert_paused();
         assert!(processes::is_stopped(stamp.pid()), "{:?}", Entry::of(stamp.pid()));
         let root = assert_waits(&site, &mut stamp);
-        let (keeper, holder) = (keeper(&ended.destination), holder(&ended.source));
+        let (keeper, holder) = (keeper(&ended.destination), holder(&ended.source, stamp.pid()));
         assert!(processes::is_stopped(stamp.pid()), "{:?}", Entry::of(stamp.pid()));
-        assert_ends_with_the_tree(&site, &stamp, root, keeper, Some(holder));
+        assert_ends_with_the_tree(&site, &stamp, root, keeper, holder);
         site.assert_clean(&[]);
     }
 }

@@ -13,7 +13,7 @@ use std::time::Instant;
 use experiments::stamp::Options;
 use nix::sys::signal::Signal;
 use tests::moments::{MOMENTS, Moment, Stopped, When, restorer};
-use tests::moves::Plan;
+use tests::moves::{Plan, Side};
 use tests::processes::{self, Entry};
 use tests::site::{Site, assert_ends};
 use tests::stamps::{self, Stamp};
@@ -43,7 +43,9 @@ enum End {
     Released,
     /// By itself: the process runs on at the source, nothing of it is left at the destination.
     RolledBack,
-    /// The tasks stand still at the source and nowhere else; `kill -CONT` lets them run.
+    /// The tasks stand still at the source and nowhere else. Another source knows that they may run.
+    Undone,
+    /// As above, but only the operator knows.
     LetRun,
     /// Another daemon goes on, and the move is released.
     TakenOver,
@@ -58,7 +60,8 @@ impl fmt::Display for End {
         f.write_str(match self {
             Self::Released => "released",
             Self::RolledBack => "rolled back",
-            Self::LetRun => "stands still at the source, `kill -CONT` there",
+            Self::Undone => "stands still at the source, `resume` rolls back",
+            Self::LetRun => "stands still at the source, `resume --destination-is-clean` rolls back",
             Self::TakenOver => "paused, `takeover`, released",
             Self::Resumed => "paused, `resume`, released",
             Self::StandsStill => "stands still on both sides, which is said",
@@ -85,10 +88,9 @@ impl Victim {
 
             // CRIU fails for want of somebody to tell that it is ready, and lets go of the tasks.
             (Self::Source, Dumping) => &[End::RolledBack],
-            (Self::Source, when) if when < CommitSent => &[End::LetRun],
-            // The pages are in tasks that another process cannot serve from.
-            (Self::Source, when) if when < Pushing => &[End::StandsStill],
-            (Self::Source, Pushing | Complete) => &[End::Resumed],
+            (Self::Source, when) if when < CommitSent => &[End::Undone],
+            // The pages are in stopped tasks, and later in pipes.
+            (Self::Source, when) if when <= Complete => &[End::Resumed],
             (Self::Source, _) => &[End::Released],
 
             (Self::Dump, Dumping) => &[End::RolledBack],
@@ -212,6 +214,7 @@ impl Case {
         match end {
             End::Released => self.released(stopped),
             End::RolledBack => self.rolled_back(stopped),
+            End::Undone => self.undone(stopped),
             End::LetRun => self.let_run(stopped),
             End::TakenOver => self.taken_over(stopped),
             End::Resumed => self.resumed(stopped),
@@ -252,8 +255,15 @@ impl Case {
         self.stamp.mark_moved();
         self.stamp.assert_unharmed();
         assert!(self.stamp.assert_ran_in_turn(), "it has not moved");
+        self.assert_no_word();
         self.stamp.quit();
         self.site.assert_only(&[]);
+    }
+
+    /// Nothing is left for a successor of the source.
+    fn assert_no_word(&self) {
+        let left: Vec<_> = std::fs::read_dir(&self.kept).unwrap().flatten().collect();
+        assert!(left.is_empty(), "{left:?}");
     }
 
     fn rolled_back(self, stopped: Stopped) {
@@ -272,6 +282,7 @@ impl Case {
             others
         };
         eventually("that nothing else is left", STEP, || others().is_empty().then_some(()));
+        self.assert_no_word();
         self.stamp.quit();
     }
 
@@ -281,33 +292,39 @@ impl Case {
         processes::below(pid).into_iter().map(|entry| entry.pid).chain([pid]).collect()
     }
 
-    /// Lets the tasks at the source run, as an operator would.
-    fn continue_here(&self) {
-        // CRIU stops what it lets go of: told to go on before that, it stands still for good.
-        eventually("that the source stands still", STEP, || {
-            let dumped = !self.site.processes().iter().any(|entry| entry.name == "criu");
-            (dumped && self.tree().into_iter().all(processes::is_stopped)).then_some(())
-        });
-        for holder in self.site.processes().into_iter().filter(|entry| entry.name == "postcopy-hold") {
-            processes::signal(holder.pid, Signal::SIGKILL);
-        }
-        for pid in self.tree() {
-            processes::signal(pid, Signal::SIGCONT);
-        }
+    fn undone(self, stopped: Stopped) {
+        stopped.destination.wait(MOVE).assert(1, "rolled_back", &[]);
+        self.resume_source(&[], 1, "ended before it committed");
+        self.runs_here();
+    }
+
+    /// Another source takes the place of the first.
+    fn resume_source(&self, more: &[&str], status: i32, word: &str) {
+        let mut command = Command::new(programs::program("source-server"));
+        command.arg("resume").arg("--state-dir").arg(&self.kept).args(more);
+        let mut follower = Tool::start("resume", command);
+        assert_eq!(follower.wait(MOVE), status, "{}", follower.last_lines());
+        assert!(follower.lines().iter().any(|line| line.contains(word)), "{}", follower.last_lines());
+    }
+
+    /// Lets the tasks at the source run, as the source has told the operator to.
+    fn continue_here(&self, source: &Side) {
+        assert!(self.tree().into_iter().all(processes::is_stopped), "the source runs");
+        let said = source.said();
+        let (_, told) = said.split_once("source-server resume ").expect("what to do");
+        let told: Vec<&str> = told.split(';').next().unwrap().split_whitespace().collect();
+        assert!(told.contains(&"--destination-is-clean"), "{said}");
+        self.resume_source(&told, 1, "its operator says so");
     }
 
     fn let_run(self, stopped: Stopped) {
-        let Stopped { source, destination, .. } = stopped;
-        if self.victim == Victim::Source {
-            destination.wait(MOVE).assert(1, "rolled_back", &[]);
-        } else {
-            source.wait(MOVE).assert(3, "paused", &["stay stopped with all their memory"]);
-        }
+        let source = stopped.source.wait(MOVE);
+        source.assert(3, "paused", &["stay stopped with all their memory"]);
         let pid = self.stamp.pid();
         eventually("that nothing is left at the destination", STEP, || {
             self.site.moved(pid).is_none().then_some(())
         });
-        self.continue_here();
+        self.continue_here(&source);
         self.runs_here();
     }
 
@@ -339,21 +356,16 @@ impl Case {
 
     fn resumed(self, stopped: Stopped) {
         stopped.destination.tool.wait_line("paused: ", STEP);
-        let mut command = Command::new(programs::program("source-server"));
-        command.arg("resume").arg("--state-dir").arg(&self.kept);
-        let mut follower = Tool::start("resume", command);
-        assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
+        self.resume_source(&[], 0, "released");
         stopped.destination.wait(MOVE).assert(0, "released", &[]);
-        assert_eq!(std::fs::read_dir(&self.kept).unwrap().count(), 0);
         self.arrived();
     }
 
     /// Both wait: what has run at the destination for pages, the source's tasks for a signal. The operator takes the latter.
     fn stands_still(mut self, stopped: Stopped) {
         let Stopped { source, destination, .. } = stopped;
-        if self.victim != Victim::Source {
-            source.wait(MOVE).assert(3, "paused", &["stay stopped with all their memory"]);
-        }
+        let source = source.wait(MOVE);
+        source.assert(3, "paused", &["stay stopped with all their memory"]);
         destination.wait(MOVE).assert(3, "paused", &["switchover was passed"]);
         let moved = self.site.moved(self.stamp.pid()).expect("the moved root");
         assert!(self.tree().into_iter().all(processes::is_stopped), "the source runs");
@@ -361,7 +373,7 @@ impl Case {
         let init = Entry::of(moved).unwrap().parent;
         processes::signal(init, Signal::SIGKILL);
         assert_ends(moved, STEP);
-        self.continue_here();
+        self.continue_here(&source);
         // What it did at the destination is undone: its counts go back, its memory is that of the freeze.
         let checked = self.stamp.handle().check(STEP).unwrap();
         assert!(checked.wrong == 0 && checked.pages > 0, "{checked:?}: {:#?}", self.stamp.wrong_lines());

@@ -139,17 +139,29 @@ fn daemons_that_are_killed_one_after_the_other() {
 
 #[test]
 fn another_source_goes_on_with_the_pages() {
-    for (link, lanes) in [("tcp", "1"), ("tls", "1"), ("tcp", "3")] {
+    for (link, lanes, store) in
+        [("tcp", "1", "pipes"), ("tls", "1", "pipes"), ("tcp", "3", "pipes"), ("tcp", "1", "frozen")]
+    {
         let Some(site) = Site::new() else { return };
-        println!("{link}, {lanes} lanes");
+        println!("{link}, {lanes} lanes, {store}");
         let mut stamp = Stamp::start(&busy(&site));
         let kept = site.path("kept");
         let plan = if link == "tcp" { Plan::new() } else { Keys::new(&site).plan(link) };
-        let plan = plan.lanes(lanes);
+        let plan = plan.lanes(lanes).source(["--store", store]);
         let plan = plan.source(["--state-dir".as_ref(), kept.as_os_str()]);
         let (mut under_way, state) = under_way(&site, plan, &mut stamp);
-        // The pages are in pipes, and nowhere else.
-        assert_ends(stamp.pid(), STEP);
+        match store {
+            "pipes" => assert_ends(stamp.pid(), STEP),
+            _ => assert!(processes::is_stopped(stamp.pid())),
+        }
+        let again = Command::new(programs::program("source-server"))
+            .args(["move", "--pid", &stamp.pid().to_string(), "--to", &under_way.destination.address])
+            .args(["--insecure", "--state-dir"])
+            .arg(&kept)
+            .output()
+            .unwrap();
+        let refused = if store == "pipes" { "has ended" } else { "belongs to move" };
+        assert!(again.status.code() == Some(2) && said(&again).contains(refused), "{}", said(&again));
         under_way.source.tool.signal(Signal::SIGKILL);
         under_way.source.tool.wait(STEP);
         let json = site.path("follower.json");

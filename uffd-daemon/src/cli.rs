@@ -90,7 +90,7 @@ struct CriuArgument {
 
 #[derive(Debug, Args)]
 struct StateArguments {
-    /// Where keepers are found
+    /// Where keepers are found; with `serve`, `none` leaves no word: nobody can take over
     #[arg(long, value_name = "DIR", default_value = takeover::DEFAULT_DIR)]
     state_dir: PathBuf,
 }
@@ -257,7 +257,7 @@ fn run_serve(arguments: ServeArguments) -> ExitCode {
         let lines: Vec<String> = problems.iter().map(|problem| format!("  {problem}")).collect();
         return usage(&format!("this host cannot receive moves:\n{}", lines.join("\n")));
     }
-    let state = match StateDir::open(&arguments.state.state_dir) {
+    let state = match StateDir::open_unless_none(&arguments.state.state_dir) {
         Ok(state) => state,
         Err(error) => return usage(&error.to_string()),
     };
@@ -272,8 +272,8 @@ fn run_serve(arguments: ServeArguments) -> ExitCode {
             },
             hooks: Hooks::new(arguments.hooks),
             work_dir: arguments.work_dir,
-            state: Some(StateConfig {
-                dir: state,
+            state: state.map(|dir| StateConfig {
+                dir,
                 listen: String::new(),
                 link: arguments.link.to_arguments(),
                 session: None,

@@ -6,6 +6,8 @@ use protocol::wire::limits::LANES_MAX;
 
 /// Sessions at once; each needs threads, a CRIU and memory of its own.
 pub const SESSIONS_MAX: usize = 64;
+/// Sessions that were rolled back and are remembered: as many as may be open at once, many times over.
+pub const ROLLED_BACK_MAX: usize = 16 * SESSIONS_MAX;
 /// Connections that have not said hello yet: as many sources as there may be sessions, and all of them dial two lanes at once.
 /// Each has a thread.
 pub const STRANGERS_MAX: usize = 4 * SESSIONS_MAX;

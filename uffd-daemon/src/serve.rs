@@ -1,6 +1,6 @@
 //! Listens for moves: says hello to strangers, opens sessions, and brings their connections to them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -46,8 +46,34 @@ pub enum ServeError {
     Io(#[from] io::Error),
 }
 
-/// The open sessions: their secret, and where their connections are wanted.
-type Registry = Arc<Mutex<HashMap<SessionId, Entry>>>;
+type Registry = Arc<Mutex<Sessions>>;
+
+#[derive(Default)]
+struct Sessions {
+    /// Those that are open: their secret, and where their connections are wanted.
+    open: HashMap<SessionId, Entry>,
+    /// Those of which nothing is left here, the latest last: a source that has missed it asks again.
+    rolled_back: VecDeque<(SessionId, SessionSecret)>,
+}
+
+impl Sessions {
+    /// Forgets a session that has ended.
+    fn end(&mut self, session: SessionId, rolled_back: bool) {
+        let Some(Entry { secret, .. }) = self.open.remove(&session) else { return };
+        if rolled_back {
+            if self.rolled_back.len() >= limits::ROLLED_BACK_MAX {
+                self.rolled_back.pop_front();
+            }
+            self.rolled_back.push_back((session, secret));
+        }
+    }
+
+    /// Why a connection cannot be brought to a session that is not open.
+    fn refusal(&self, hello: &Hello) -> Refusal {
+        let known = self.rolled_back.contains(&(hello.session, hello.secret));
+        if known && hello.resumes() { Refusal::RolledBack } else { Refusal::Session }
+    }
+}
 
 struct Entry {
     secret: SessionSecret,
@@ -59,6 +85,8 @@ struct Finished {
     session: SessionId,
     /// The status of its move; none if there was no move because it was refused.
     status: Option<u8>,
+    /// Nothing of it is left here.
+    rolled_back: bool,
 }
 
 /// Listens. A daemon that was killed has its descriptors until its last thread has ended, and then they are closed one by
@@ -124,7 +152,7 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
         let [interrupted, over, connected] = waiting::readable(fds, None)?;
         if interrupted && interrupt.take() {
             // Looked at before anybody is told: a session that ends at once has a status of its own.
-            let idle = lock(&registry).is_empty();
+            let idle = lock(&registry).open.is_empty();
             stop = None;
             if idle {
                 return Ok(0);
@@ -132,14 +160,14 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
             tracing::warn!("moves that have not switched over are rolled back; others finish first");
         }
         if over {
-            for Finished { session, status } in finished.empty() {
+            for Finished { session, status, rolled_back } in finished.empty() {
                 // Here, so that whoever finds no session has heard how each of them ended.
-                lock(&registry).remove(&session);
+                lock(&registry).end(session, rolled_back);
                 // A refusal is no move: a daemon that serves one move goes on waiting for it.
                 worst = worst.max(status.unwrap_or(0));
                 last |= context.once && status.is_some();
                 let no_more = last || stop.is_none() || context.only_orphans;
-                if no_more && lock(&registry).is_empty() {
+                if no_more && lock(&registry).open.is_empty() {
                     return Ok(if context.only_orphans || context.once {
                         worst
                     } else {
@@ -173,7 +201,7 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
     }
 }
 
-fn lock(registry: &Registry) -> std::sync::MutexGuard<'_, HashMap<SessionId, Entry>> {
+fn lock(registry: &Registry) -> std::sync::MutexGuard<'_, Sessions> {
     registry.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -226,26 +254,27 @@ impl Context {
     }
 
     fn admit(&self, hello: &Hello) -> Result<Admitted, Refusal> {
-        let mut registry = lock(&self.registry);
-        match (registry.get(&hello.session), hello.role) {
+        let mut sessions = lock(&self.registry);
+        match (sessions.open.get(&hello.session), hello.role) {
             (None, Role::Control) if !hello.resumes() => {
-                if registry.len() >= limits::SESSIONS_MAX || self.only_orphans {
+                if sessions.open.len() >= limits::SESSIONS_MAX || self.only_orphans {
                     return Err(Refusal::Busy);
                 }
                 let (door, arrivals) = door().map_err(|_| Refusal::Busy)?;
-                registry.insert(hello.session, Entry { secret: hello.secret, door });
+                sessions.open.insert(hello.session, Entry { secret: hello.secret, door });
                 Ok(Admitted::Session(arrivals))
             }
             (Some(entry), _) if entry.secret == hello.secret => {
                 entry.door.admits(hello).map(|()| Admitted::Connection(entry.door.clone()))
             }
-            _ => Err(Refusal::Session),
+            (Some(_), _) => Err(Refusal::Session),
+            (None, _) => Err(sessions.refusal(hello)),
         }
     }
 
     fn forget(&self, hello: &Hello) {
         if hello.role == Role::Control && !hello.resumes() {
-            lock(&self.registry).remove(&hello.session);
+            lock(&self.registry).end(hello.session, false);
         }
     }
 
@@ -275,7 +304,7 @@ impl Context {
         // What stands for the connections that are lost.
         let (lost, _) = UnixStream::pair().map_err(|error| error.to_string())?;
         let control = ControlChannel::new(Stream::Unix(lost)).map_err(|error| error.to_string())?;
-        lock(&self.registry).insert(id, Entry { secret, door });
+        lock(&self.registry).open.insert(id, Entry { secret, door });
         let hello = Hello::new(Role::Control, id, secret);
         let session = Session::new(self.session.clone(), &hello, control, arrivals, self.stopped.clone());
         let missing = taken.tree.remote_pages();
@@ -290,13 +319,14 @@ impl Context {
         let ended = std::panic::catch_unwind(|| { session }.0());
         let Ok((report, result)) = ended else {
             // The panic has been printed; the daemon must not wait for this session for ever.
-            self.done.send(Finished { session: id, status: Some(1) });
+            self.done.send(Finished { session: id, status: Some(1), rolled_back: false });
             return;
         };
         self.publish(&report, &result);
         let refused = matches!(result, Err(SessionError::Refused(_)));
+        let rolled_back = matches!(result, Err(SessionError::RolledBack(_)));
         let status = (!refused).then(|| report.outcome.exit_status());
-        self.done.send(Finished { session: id, status });
+        self.done.send(Finished { session: id, status, rolled_back });
     }
 
     fn publish(&self, report: &Report, result: &Result<(), SessionError>) {

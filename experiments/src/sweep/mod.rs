@@ -7,12 +7,14 @@
 //! - [`memory_size`]: from small to large
 //! - [`hybrid`]: with and without copies ahead, by how much is written behind them
 //! - [`prefill`]: how long the process is held for what was copied ahead
+//! - [`protection`]: what it costs to leave word for who takes over
 
 pub mod fault_latency;
 pub mod hybrid;
 pub mod lanes;
 pub mod memory_size;
 pub mod prefill;
+pub mod protection;
 pub mod push_interference;
 pub mod stores;
 
@@ -121,6 +123,7 @@ mod tests {
             all_differ(&memory_size::cases(&options, usize::MAX).0);
             all_differ(&hybrid::cases(&options));
             all_differ(&prefill::cases(&options));
+            all_differ(&protection::cases(&options));
         }
     }
 }

@@ -127,6 +127,9 @@ pub enum Refusal {
     /// The session cannot be resumed yet: the peer has not heard of the commit.
     #[error("peer cannot resume the session at this point")]
     NotYet,
+    /// The session was rolled back: nothing of it is left at the peer.
+    #[error("peer has rolled the move back, nothing of it is left there")]
+    RolledBack,
     /// The peer has another kind of link.
     #[error("peer uses another kind of link; give both sides the same --link")]
     Link,
@@ -144,6 +147,7 @@ impl Refusal {
             Self::Busy => 4,
             Self::Link => 5,
             Self::NotYet => 6,
+            Self::RolledBack => 7,
             Self::Other(code) => code,
         }
     }
@@ -156,6 +160,7 @@ impl Refusal {
             4 => Self::Busy,
             5 => Self::Link,
             6 => Self::NotYet,
+            7 => Self::RolledBack,
             other => Self::Other(other),
         }
     }

@@ -133,6 +133,14 @@ fn each_decision_matters() {
             "runs behind Commit",
         ),
         (
+            "the source resumes when nobody there knows the session",
+            mutant_of_source(|state, event| match (state, event) {
+                (State::Paused(None), Event::Broken) => LET_RUN,
+                _ => source::decide(state, event),
+            }),
+            "runs behind Commit",
+        ),
+        (
             "the source takes new connections for acknowledgements",
             mutant_of_source(|state, event| match (state, event) {
                 (State::Paused(Some(_)), Event::Resumed) => RELEASE,

@@ -136,6 +136,25 @@ impl World {
         self.in_pipes &= self.held;
     }
 
+    /// Another process takes the place of one that was killed behind the freeze.
+    pub(crate) fn resume_source(&mut self) {
+        let drained = source::Progress { drained: true, let_go: true, acknowledged: false, complete: false };
+        self.cut_everything();
+        self.source = Some(match self.source_tasks {
+            Tasks::Gone => source::State::Paused(Some(drained)),
+            // What was not promised is rolled back.
+            _ if !self.promised => {
+                self.source_tasks = Tasks::Running;
+                source::State::Ended(source::Ending::LetRun)
+            }
+            _ => {
+                // The tasks themselves are what it serves from.
+                self.store = Store::Frozen;
+                source::State::Paused(None)
+            }
+        });
+    }
+
     pub(crate) fn kill_destination(&mut self) {
         // The keeper goes on holding the userfaultfds of a tree that runs.
         self.destination = None;

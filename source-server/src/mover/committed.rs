@@ -11,22 +11,27 @@ use host::progress::mib;
 use host::report::Recorder;
 use host::waiting;
 use protocol::wire::control::{Control, Summary};
+use protocol::wire::hello::SessionId;
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
-use super::frozen::{Answer, Commit, Frozen, Notice, Serving, Tasks, error_event, lost};
+use super::frozen::{Answer, Commit, Frozen, Notice, Serving, Tasks, Why, and, error_event, lost};
+use super::redial::Failure;
 use super::session::{Next, Session};
 use super::{MoveError, Mover};
-use crate::kept::Holder;
+use crate::dump::Dump;
+use crate::kept::{Holder, Word};
 use crate::lanes::Aside;
 use crate::limits;
 
 /// A move whose tasks run at the destination, or are about to.
-pub(super) struct Committed<'a> {
+pub(super) struct Committed {
     /// None if another process has killed them.
-    tasks: Option<Tasks<'a>>,
+    tasks: Option<Tasks>,
     serving: Serving,
-    /// Who keeps the pages if this process is killed.
+    /// Who keeps the pages in pipes if this process is killed.
     holder: Option<Holder>,
+    /// What a successor of this process finds.
+    word: Option<Word>,
     session: Session,
     switchover: Switchover,
     /// What came of the commit, until it was looked at.
@@ -42,14 +47,15 @@ pub(super) struct Committed<'a> {
     due: Option<(Instant, &'static str)>,
 }
 
-impl<'a> Committed<'a> {
-    pub(super) fn new(frozen: Frozen<'a>, session: Session, commit: Commit, switchover: Switchover) -> Self {
+impl Committed {
+    pub(super) fn new(frozen: Frozen, session: Session, commit: Commit, switchover: Switchover) -> Self {
         let Commit { answer, drained, fault_lanes: threads } = commit;
-        let Frozen { tasks, serving, .. } = frozen;
+        let Frozen { tasks, serving, word, .. } = frozen;
         Self {
             tasks: Some(tasks),
             serving,
             holder: None,
+            word,
             session,
             switchover,
             answer: Some(answer),
@@ -61,17 +67,29 @@ impl<'a> Committed<'a> {
         }
     }
 
-    /// A move whose process was killed when its tasks were, or before it had released them.
-    pub(super) fn taken_over(serving: Serving, holder: Holder, session: Session) -> Self {
+    /// A move whose process was killed. Where its tasks have the pages, what the destination does is heard from it; where a
+    /// holder has them it runs.
+    pub(super) fn taken_over(
+        serving: Serving,
+        held: Result<Tasks, Holder>,
+        word: Word,
+        session: Session,
+    ) -> Self {
+        let (tasks, holder) = match held {
+            Ok(tasks) => (Some(tasks), None),
+            Err(holder) => (None, Some(holder)),
+        };
+        let drained = tasks.is_some();
         Self {
-            tasks: None,
+            switchover: if drained { Switchover::promised() } else { Switchover::taken_over() },
+            tasks,
             serving,
-            holder: Some(holder),
+            holder,
+            word: Some(word),
             session,
-            switchover: Switchover::taken_over(),
             answer: Some(Answer::Lost("its source has ended, this one takes over".into())),
-            runs: true,
-            drained: false,
+            runs: !drained,
+            drained,
             threads: Vec::new(),
             complete: None,
             due: None,
@@ -82,9 +100,7 @@ impl<'a> Committed<'a> {
     pub(super) fn finish(mut self, mover: &mut Mover) -> Result<(), MoveError> {
         let summary = match self.push(mover) {
             Ok(summary) => summary,
-            Err(reason) => {
-                return Err(Self::hold(self.tasks, &self.serving, self.holder, &self.session, &reason));
-            }
+            Err(why) => return Err(self.end(mover, why)),
         };
         mover.recorder.phase("release");
         mover.recorder.settle(&summary);
@@ -92,7 +108,7 @@ impl<'a> Committed<'a> {
     }
 
     /// Has pages pushed and acknowledged until everything can be released; an error holds what is left.
-    fn push(&mut self, mover: &mut Mover) -> Result<Summary, String> {
+    fn push(&mut self, mover: &mut Mover) -> Result<Summary, Why> {
         let mut released = match self.answer.take() {
             Some(Answer::Runs(at)) => self.begin(mover, at)?,
             Some(Answer::Lost(why)) => self.resume(mover, &why)?,
@@ -143,7 +159,7 @@ impl<'a> Committed<'a> {
         }
     }
 
-    fn take_notices(&mut self, mover: &mut Mover) -> Result<bool, String> {
+    fn take_notices(&mut self, mover: &mut Mover) -> Result<bool, Why> {
         let mut released = false;
         // Lanes fail together: who makes them anew for one must not do so again for the others.
         let mut failing = None;
@@ -172,10 +188,10 @@ impl<'a> Committed<'a> {
     }
 
     /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
-    fn step(&mut self, mover: &mut Mover, event: Event, what: &str) -> Result<bool, String> {
+    fn step(&mut self, mover: &mut Mover, event: Event, what: &str) -> Result<bool, Why> {
         match self.switchover.step(event) {
             Action::LetGo => {
-                self.let_go_of_tasks(mover);
+                self.let_go_of_tasks();
                 self.step(mover, Event::HasLetGo, what)
             }
             Action::Push if self.runs => self.start_push(mover),
@@ -183,14 +199,14 @@ impl<'a> Committed<'a> {
             Action::Resume => self.resume(mover, what),
             Action::End(Ending::Release) => Ok(true),
             Action::Wait => Ok(false),
-            _ => Err(what.to_owned()),
+            then => Err(Why { reason: what.to_owned(), then }),
         }
     }
 
     /// The destination has said that it runs.
-    fn begin(&mut self, mover: &mut Mover, at: Instant) -> Result<bool, String> {
-        if let Some(tasks) = &self.tasks {
-            let blackout = at.saturating_duration_since(tasks.frozen_at);
+    fn begin(&mut self, mover: &mut Mover, at: Instant) -> Result<bool, Why> {
+        if let Some(frozen_at) = self.tasks.as_ref().and_then(|tasks| tasks.frozen_at) {
+            let blackout = at.saturating_duration_since(frozen_at);
             mover.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
         }
         mover.recorder.phase_at("push", at);
@@ -200,14 +216,14 @@ impl<'a> Committed<'a> {
         if self.drained { self.step(mover, Event::Drained, "") } else { Ok(released) }
     }
 
-    fn start_push(&mut self, mover: &mut Mover) -> Result<bool, String> {
+    fn start_push(&mut self, mover: &mut Mover) -> Result<bool, Why> {
         self.threads.extend(self.serving.push(&self.session, mover.config.pace)?);
         Ok(false)
     }
 
     /// The connections are lost: makes new ones and goes on where the destination is. Present pages work there
     /// meanwhile, faults wait; nothing is freed here.
-    fn resume(&mut self, mover: &mut Mover, why: &str) -> Result<bool, String> {
+    fn resume(&mut self, mover: &mut Mover, why: &str) -> Result<bool, Why> {
         let since = Instant::now();
         self.session.shutdown();
         self.end_lanes();
@@ -222,6 +238,9 @@ impl<'a> Committed<'a> {
                 Err(error) => error,
             };
             tracing::debug!("dialled in vain: {}", error.reason());
+            if error.answer() == Failure::RolledBack {
+                return self.step(mover, Event::RolledBack, &format!("{why}; {}", error.reason()));
+            }
             let Some(pause) = redial.next(error.answer(), Instant::now()) else {
                 let reason = format!("{why}; gave up after {:.0?}: {}", since.elapsed(), error.reason());
                 return self.step(mover, Event::Broken, &reason);
@@ -241,7 +260,7 @@ impl<'a> Committed<'a> {
     }
 
     /// What happens here while the connections are lost: pages come into the store, the operator wants to stop.
-    fn look_after(&mut self, mover: &mut Mover, why: &str) -> Result<bool, String> {
+    fn look_after(&mut self, mover: &mut Mover, why: &str) -> Result<bool, Why> {
         let mut released = false;
         for notice in self.serving.notices.empty() {
             match notice {
@@ -274,26 +293,22 @@ impl<'a> Committed<'a> {
 
     /// The pages are in the store: CRIU ends and the tasks are killed, so that their addresses, ports and
     /// pids are free. With the `frozen` store the tasks are the store, and stay until the release.
-    fn let_go_of_tasks(&mut self, mover: &Mover) {
+    fn let_go_of_tasks(&mut self) {
         let Some(tasks) = &mut self.tasks else { return };
         // Both let go of as much memory as the tasks have.
-        let ending = tasks.tree.tasks.iter().map(|task| task.pid).chain([tasks.dump.pid()]);
-        Aside::new().follow(&self.serving.lanes, ending.flat_map(threads_of));
-        if let Err(error) = tasks.dump.close(limits::CRIU_CLOSE_TIMEOUT) {
+        let pids = tasks.tree.tasks.iter().map(|task| task.pid).chain(tasks.dump.as_ref().map(Dump::pid));
+        Aside::new().follow(&self.serving.lanes, pids.flat_map(threads_of));
+        if let Some(Err(error)) = tasks.dump.take().map(|mut dump| dump.close(limits::CRIU_CLOSE_TIMEOUT)) {
             tracing::warn!("{error}; the tasks are stopped all the same");
         }
+        tasks.holder.take().into_iter().for_each(Holder::end);
         let Some(pipes) = &tasks.pipes else { return };
         // From here on the pages are nowhere else: they must not end with this process.
-        let kept = Holder::fork(Some(pipes)).and_then(|mut holder| {
-            let described = match &mover.config.state {
-                Some(dir) => {
-                    holder.describe(dir, &mover.kept_session(tasks.dir.path()), &self.serving.map, pipes)
-                }
-                None => Ok(()),
-            };
+        let kept = Holder::of_pipes(pipes).and_then(|holder| {
+            let told = self.word.as_mut().map_or(Ok(()), |word| word.pages_are_in(pipes, &holder));
             tracing::debug!("pages are kept by process {} as well", holder.pid());
             self.holder = Some(holder);
-            described
+            told
         });
         if let Err(error) = kept {
             tracing::error!("nobody can take over from this process if it is killed: {error}");
@@ -302,14 +317,13 @@ impl<'a> Committed<'a> {
     }
 
     fn release(self, mover: &mut Mover) -> Result<(), MoveError> {
-        let Self { mut tasks, serving, holder, session, threads, .. } = self;
+        let Self { mut tasks, serving, holder, word, session, threads, .. } = self;
         serving.lanes.stop.store(true, Ordering::Relaxed);
         if let Some(tasks) = tasks.as_mut().filter(|tasks| tasks.pipes.is_none()) {
             kill(tasks);
         }
-        if let Some(holder) = holder {
-            holder.dismiss();
-        }
+        holder.into_iter().for_each(Holder::end);
+        word.into_iter().for_each(Word::remove);
         if let Err(error) = session.control.send(&Control::Released) {
             // The destination has every page; it only waits in vain for our farewell.
             tracing::warn!("could not tell the destination that the source has let go: {error}");
@@ -326,12 +340,31 @@ impl<'a> Committed<'a> {
         Ok(())
     }
 
+    /// The destination does not run and never will, or nobody knows.
+    fn end(mut self, mover: &mut Mover, why: Why) -> MoveError {
+        let Why { mut reason, then } = why;
+        match self.tasks.take() {
+            Some(tasks) if then == Action::End(Ending::LetRun) => {
+                self.session.shutdown();
+                self.end_lanes();
+                mover.rolled_back_hook();
+                reason = and(reason, tasks.roll_back(&self.serving.lanes, self.word));
+                MoveError::RolledBack(reason)
+            }
+            tasks => {
+                let kept = (self.holder, self.word);
+                Self::hold(mover.id, tasks, &self.serving, kept, &self.session, &reason)
+            }
+        }
+    }
+
     /// The move broke behind the switchover: nothing is resumed and nothing is freed. The tasks that still
     /// stand here stay stopped; pages that are only in pipes are kept by a holder process.
     pub(super) fn hold(
-        tasks: Option<Tasks<'_>>,
+        id: SessionId,
+        tasks: Option<Tasks>,
         serving: &Serving,
-        holder: Option<Holder>,
+        (holder, word): (Option<Holder>, Option<Word>),
         session: &Session,
         reason: &str,
     ) -> MoveError {
@@ -345,32 +378,37 @@ impl<'a> Committed<'a> {
             tasks.end_dump(&serving.lanes);
             let there = tasks.tree.tasks.iter().filter(|task| !crate::process::has_ended(task.pid));
             let stopped: Vec<String> = there.map(|task| task.pid.to_string()).collect();
-            if !stopped.is_empty() {
+            if stopped.is_empty() {
+                pipes = tasks.pipes.take();
+            } else {
                 let pids = stopped.join(" ");
                 text.push_str(&format!(
-                    "\nThe tasks here ({pids}) stay stopped with all their memory. Only if the destination surely does \
-                     not run them: kill -CONT {pids}"
+                    "\nThe tasks here ({pids}) stay stopped with all their memory. Only if the destination surely does not \
+                     run them: source-server resume --session {id} --destination-is-clean; or kill -CONT {pids}"
                 ));
             }
-            pipes = tasks.pipes.take();
         }
-        let can_go_on = holder.is_some();
-        match holder.map_or_else(|| Holder::fork(pipes.as_deref()), Ok) {
-            Ok(holder) => text.push_str(&format!(
+        let keeper = holder.map_or_else(
+            || pipes.map(|pipes| Holder::of_pipes(&pipes)).transpose(),
+            |holder| Ok(Some(holder)),
+        );
+        match keeper {
+            Ok(Some(holder)) => text.push_str(&format!(
                 "\nPages that have not arrived are kept by process {} ({}); kill it to give them up.",
                 holder.pid(),
                 mib(serving.lanes.store.held_bytes())
             )),
+            Ok(None) => {}
             Err(error) => text.push_str(&format!("\nThe pages could not be kept: {error}")),
         }
-        if can_go_on {
-            text.push_str("\n`source-server resume` goes on as long as the destination waits for them.");
+        if word.is_some() {
+            text.push_str("\n`source-server resume` goes on as long as the destination waits for the pages.");
         }
         MoveError::Paused(text)
     }
 }
 
-fn kill(tasks: &mut Tasks<'_>) {
+pub(super) fn kill(tasks: &mut Tasks) {
     let left = tasks.fence.kill(&tasks.tree, limits::KILL_TIMEOUT);
     if let (Some(copied), true) = (tasks.copied.take(), left.is_empty()) {
         copied.tree_is_gone();

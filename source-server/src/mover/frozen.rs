@@ -1,6 +1,7 @@
 //! From the freeze to the switchover. Everything here can be undone.
 
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -16,12 +17,13 @@ use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlError, Stream};
 use protocol::wire::control::{Control, Dumped};
-use protocol::wire::switchover::source::{Action, Event, Switchover};
+use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
 use super::session::{Next, Session};
 use super::{Mover, StoreKind};
 use crate::dump::{Dump, DumpError};
 use crate::fence::{self, Fence};
+use crate::kept::{Fenced, Holder, Word};
 use crate::lanes::{
     Aside, CALLING_THREAD, LaneError, Lanes, Pace, Pushing, acknowledgements, push, serve_faults,
 };
@@ -43,27 +45,33 @@ pub(super) enum Notice {
 }
 
 /// Tasks that stand still behind a fence, with their pages at hand.
-pub(super) struct Frozen<'a> {
-    pub(super) tasks: Tasks<'a>,
+pub(super) struct Frozen {
+    pub(super) tasks: Tasks,
     pub(super) serving: Serving,
     pub(super) drained: bool,
+    /// What a successor of this process finds; nothing if it could not be left.
+    pub(super) word: Option<Word>,
     /// The lazy pages that the destination has from pre-copy.
     clean: Option<Bitmap>,
 }
 
 /// The tasks and who holds them.
-pub(super) struct Tasks<'a> {
+pub(super) struct Tasks {
     pub(super) tree: ProcessTree,
-    pub(super) network: &'a NetworkLock,
-    pub(super) dump: Dump,
+    pub(super) network: NetworkLock,
+    /// None if another process started it, which has ended with it.
+    pub(super) dump: Option<Dump>,
+    /// Who keeps CRIU from ending if this process is killed behind `Commit`.
+    pub(super) holder: Option<Holder>,
     pub(super) fence: Fence,
     pub(super) pipes: Option<Arc<PipeStore>>,
     pub(super) drain: Option<JoinHandle<()>>,
-    pub(super) frozen_at: Instant,
+    /// None if another process has frozen them.
+    pub(super) frozen_at: Option<Instant>,
     /// What pre-copy has sent; the tree is disarmed when it is dropped.
     pub(super) copied: Option<Copied>,
     /// Gone with the move; holds images and CRIU's log.
-    pub(super) dir: WorkDir,
+    pub(super) _dir: WorkDir,
 }
 
 /// What the destination is served from.
@@ -120,6 +128,13 @@ pub(super) struct Why {
     pub(super) then: Action,
 }
 
+impl From<String> for Why {
+    /// Something failed where there is no way back.
+    fn from(reason: String) -> Self {
+        Self { reason, then: Action::End(Ending::Hold) }
+    }
+}
+
 impl Why {
     /// Something failed here.
     pub(super) fn broken(switchover: &mut Switchover, reason: String) -> Self {
@@ -127,13 +142,13 @@ impl Why {
     }
 }
 
-impl<'a> Frozen<'a> {
+impl Frozen {
     /// Freezes and dumps. On an error the tasks run again.
     pub(super) fn dump(
         mover: &mut Mover,
         tree: &ProcessTree,
         criu: &Criu,
-        network: &'a NetworkLock,
+        network: NetworkLock,
         copied: Option<Copied>,
     ) -> Result<Self, String> {
         not_interrupted(mover)?;
@@ -151,7 +166,7 @@ impl<'a> Frozen<'a> {
                 // The next freeze will find the thread elsewhere, unless it sleeps there.
                 Err(error @ DumpError::AlignedStack(_)) => tracing::info!("{error}; trying again"),
                 Err(error) => {
-                    let undone = let_run(tree, network, None);
+                    let undone = let_run(tree, &network, None);
                     return Err(and(why_not_frozen(tree, &error), undone));
                 }
             }
@@ -166,22 +181,27 @@ impl<'a> Frozen<'a> {
             Ok(raised) => raised,
             Err(reason) => {
                 dump.kill();
-                return Err(and(reason, let_run(tree, network, None)));
+                return Err(and(reason, let_run(tree, &network, None)));
             }
         };
         let prepared = not_interrupted(mover).and_then(|()| Self::prepare(mover, &tree, &dump));
         match prepared.and_then(|parts| Ok((parts, mailbox().map_err(|error| error.to_string())?))) {
             Ok(((map, lanes, pipes), (post, notices))) => {
-                let tasks = Tasks { tree, network, dump, fence, pipes, drain: None, frozen_at, copied, dir };
+                let held = Fenced { tree: &tree, fence: &fence, network: &network, dump: &dump };
+                let word = leave_word(mover, held, &map, dir.path());
+                let (dump, frozen_at) = (Some(dump), Some(frozen_at));
+                let (holder, drain) = (None, None);
+                let tasks =
+                    Tasks { tree, network, dump, holder, fence, pipes, drain, frozen_at, copied, _dir: dir };
                 let serving = Serving { map, lanes, post, notices };
-                let mut frozen = Self { tasks, serving, drained: true, clean: None };
+                let mut frozen = Self { tasks, serving, drained: true, word, clean: None };
                 frozen.start_drain(criu);
                 frozen.find_clean();
                 Ok(frozen)
             }
             Err(reason) => {
                 close(&mut dump);
-                Err(and(reason, let_run(&tree, network, Some(fence))))
+                Err(and(reason, let_run(&tree, &network, Some(fence))))
             }
         }
     }
@@ -196,13 +216,7 @@ impl<'a> Frozen<'a> {
         let live = checkpoint.tasks.iter().filter(|task| task.alive);
         let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
         let map = Arc::new(map.map_err(|error| error.to_string())?);
-        let hosts = tree.tasks.iter().filter(|task| map.task(task.id).is_some());
-        let memory = TaskMemory::open(hosts.map(|task| (task.id, task.pid)))
-            .map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
-        let memory = Arc::new(memory);
-        if let Some(task) = map.tasks().iter().find(|task| !memory.has(task.id)) {
-            return Err(format!("task {} is in the images but not in the tree", task.id));
-        }
+        let memory = memory_of(tree, &map)?;
         let (store, pipes): (Arc<dyn PageStore>, _) = match mover.config.store {
             StoreKind::Frozen => (Arc::new(FrozenStore::new(map.clone(), memory)), None),
             StoreKind::Pipes => {
@@ -217,10 +231,11 @@ impl<'a> Frozen<'a> {
 
     fn start_drain(&mut self, criu: &Criu) {
         let Some(pipes) = self.tasks.pipes.clone() else { return };
-        let Ok(server) = self.tasks.dump.server.try_clone() else { return };
+        let Some(dump) = &self.tasks.dump else { return };
+        let Ok(server) = dump.server.try_clone() else { return };
         let (post, layout) = (self.serving.post.clone(), criu.layout);
         self.drained = false;
-        let (lanes, criu) = (self.serving.lanes.clone(), self.tasks.dump.pid());
+        let (lanes, criu) = (self.serving.lanes.clone(), dump.pid());
         self.tasks.drain = Some(std::thread::spawn(move || {
             let mut aside = Aside::new();
             let make_way = || aside.follow(&lanes, threads_of(criu).chain([CALLING_THREAD]));
@@ -248,7 +263,7 @@ impl<'a> Frozen<'a> {
     /// Ships the images, waits for the restore, and commits. Returns when the destination runs, or when the
     /// connections are lost and it may.
     pub(super) fn reach_commit(
-        &self,
+        &mut self,
         mover: &mut Mover,
         session: &Session,
         switchover: &mut Switchover,
@@ -256,7 +271,13 @@ impl<'a> Frozen<'a> {
         let mut commit = self.ship(mover, session).map_err(|reason| Why::broken(switchover, reason))?;
         let prepared = Awaited::new("prepared", limits::RESTORE_TIMEOUT, limits::REASON_PATIENCE);
         self.wait(mover, session, switchover, &mut commit, prepared)?;
-        let then = switchover.step(Event::Fence { stands: fence::stands(&self.tasks.tree) });
+        let stands = fence::stands(&self.tasks.tree);
+        if stands {
+            self.promise().map_err(|error| {
+                Why::broken(switchover, format!("cannot write down that it commits: {error}"))
+            })?;
+        }
+        let then = switchover.step(Event::Fence { stands });
         if then != Action::SendCommit {
             return Err(Why { reason: "a task of the source moves although it was stopped".into(), then });
         }
@@ -274,12 +295,24 @@ impl<'a> Frozen<'a> {
         Ok(commit)
     }
 
+    /// Behind this a successor of this process does not let the tasks run by itself, and CRIU does not end with it.
+    fn promise(&mut self) -> std::io::Result<()> {
+        let (Some(word), Some(dump)) = (&self.word, &self.tasks.dump) else { return Ok(()) };
+        let holder = Holder::of_dump(dump)?;
+        let written = word.promise(&holder);
+        self.tasks.holder = Some(holder);
+        written
+    }
+
     fn ship(&self, mover: &mut Mover, session: &Session) -> Result<Commit, String> {
         mover.hooks.run(HookPhase::PostDump).map_err(|error| error.to_string())?;
         mover.recorder.phase("ship");
         let failed = |error: ControlError| session.lost(&error);
-        let (images, bytes) = session.ship(&self.tasks.dump.images).map_err(failed)?;
-        let frozen_us = u64::try_from(self.tasks.frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let Tasks { dump: Some(dump), frozen_at: Some(frozen_at), .. } = &self.tasks else {
+            return Err("there is nothing to ship".into());
+        };
+        let (images, bytes) = session.ship(&dump.images).map_err(failed)?;
+        let frozen_us = u64::try_from(frozen_at.elapsed().as_micros()).unwrap_or(u64::MAX);
         let clean_pages = self.clean.as_ref().map_or(0, Bitmap::count);
         let dumped = Dumped { images, frozen_us, lazy_pages: self.serving.map.pages(), clean_pages };
         let mut more = session.control.send(&Control::Dumped(dumped)).map_err(failed)?;
@@ -368,22 +401,35 @@ impl<'a> Frozen<'a> {
 
     /// A failed drain is often CRIU's end: then its log says why.
     fn with_complaint(&self, error: &StoreError) -> String {
-        let ended = host::waiting::readable_within(self.tasks.dump.ended_fd(), Duration::from_millis(100));
+        let Some(dump) = &self.tasks.dump else { return error.to_string() };
+        let ended = host::waiting::readable_within(dump.ended_fd(), Duration::from_millis(100));
         if matches!(ended, Ok(true)) {
-            return format!("criu ended while it was needed: {} ({error})", self.tasks.dump.complaint());
+            return format!("criu ended while it was needed: {} ({error})", dump.complaint());
         }
         error.to_string()
     }
 
-    /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
-    /// unlocked, the fence comes down. What followed their writes is taken off them while they run: it takes a while.
-    pub(super) fn roll_back(mut self) -> Result<(), String> {
-        self.tasks.end_dump(&self.serving.lanes);
-        let_run(&self.tasks.tree, self.tasks.network, Some(self.tasks.fence))
+    /// See [`Tasks::roll_back`].
+    pub(super) fn roll_back(self) -> Result<(), String> {
+        self.tasks.roll_back(&self.serving.lanes, self.word)
     }
 }
 
-impl Tasks<'_> {
+impl Tasks {
+    /// Lets the tasks run here again: CRIU's session ends, sockets leave repair mode, the network is
+    /// unlocked, the fence comes down. What followed their writes is taken off them while they run: it takes a while.
+    pub(super) fn roll_back(mut self, lanes: &Lanes, word: Option<Word>) -> Result<(), String> {
+        self.end_dump(lanes);
+        self.let_run(word)
+    }
+
+    /// As [`Tasks::roll_back`], where CRIU has ended.
+    pub(super) fn let_run(self, word: Option<Word>) -> Result<(), String> {
+        let result = let_run(&self.tree, &self.network, Some(self.fence));
+        word.into_iter().for_each(Word::remove);
+        result
+    }
+
     /// Ends lanes, drain and CRIU, which holds the tasks by ptrace; they stay stopped.
     pub(super) fn end_dump(&mut self, lanes: &Lanes) {
         lanes.stop.store(true, Ordering::Relaxed);
@@ -393,8 +439,29 @@ impl Tasks<'_> {
         if let Some(drain) = self.drain.take() {
             let _ = drain.join();
         }
-        close(&mut self.dump);
+        if let Some(mut dump) = self.dump.take() {
+            close(&mut dump);
+        }
+        self.holder.take().into_iter().for_each(Holder::end);
     }
+}
+
+/// The memory of every task that has lazy pages.
+pub(super) fn memory_of(tree: &ProcessTree, map: &LazyMap) -> Result<Arc<TaskMemory>, String> {
+    let hosts = tree.tasks.iter().filter(|task| map.task(task.id).is_some());
+    let memory = TaskMemory::open(hosts.map(|task| (task.id, task.pid)))
+        .map_err(|error| format!("cannot read the tasks' memory: {error}"))?;
+    match map.tasks().iter().find(|task| !memory.has(task.id)) {
+        Some(task) => Err(format!("task {} is in the images but not in the tree", task.id)),
+        None => Ok(Arc::new(memory)),
+    }
+}
+
+/// What a successor of this process needs. Without it the move goes on.
+fn leave_word(mover: &Mover, tasks: Fenced<'_>, map: &LazyMap, dir: &Path) -> Option<Word> {
+    let left = Word::leave(mover.config.state.as_ref()?, mover.kept_session(dir), map, tasks);
+    left.map_err(|error| tracing::error!("nobody can take over from this process if it is killed: {error}"))
+        .ok()
 }
 
 /// Ends CRIU's page server.

@@ -20,6 +20,7 @@ mod session;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use host::criu::Criu;
 use host::hooks::{Hook, HookPhase, Hooks};
@@ -33,16 +34,17 @@ use protocol::wire::control::Problem;
 use protocol::wire::hello::{HelloError, Refusal, SessionId, SessionSecret};
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
-use crate::kept::{self, Orphan};
+use crate::kept::{self, Orphan, Taken, TakenTasks};
 use crate::lanes::{LaneCount, LaneCounts, Lanes, Pace};
 use crate::precopy::Copied;
 use crate::precopy::compression::Compress;
 use crate::precopy::policy::Rounds;
 use crate::preflight;
 use crate::process::ProcessTree;
+use crate::store::{FrozenStore, PageStore};
 
 use committed::Committed;
-use frozen::{Frozen, Serving, Why};
+use frozen::{Frozen, Serving, Tasks, Why};
 pub use redial::GiveUp;
 use session::Session;
 
@@ -89,6 +91,8 @@ pub struct MoveConfig {
     pub state: Option<StateDir>,
     /// See `state`.
     pub link: Vec<String>,
+    /// Of a move that is taken over: nothing of it is left at the destination, says the operator.
+    pub destination_is_clean: bool,
     /// No progress.
     pub quiet: bool,
     /// Passed on to `criu dump`.
@@ -182,15 +186,50 @@ impl Mover {
     }
 
     fn taken_over(&mut self, orphan: Orphan) -> Result<(), MoveError> {
-        self.recorder.phase("push");
         let broken = |error: std::io::Error| MoveError::Paused(format!("cannot take over: {error}"));
-        let (description, map, store, holder) = orphan.take().map_err(broken)?;
+        let Taken { word, map, tasks, pipes, promised, generation, dir } = orphan.take().map_err(broken)?;
         self.recorder.report().tasks =
             map.tasks().iter().map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
+        let tasks = tasks.map(|TakenTasks { tree, fence, network }| Tasks {
+            tree,
+            network,
+            fence,
+            _dir: dir,
+            dump: None,
+            holder: None,
+            pipes: None,
+            drain: None,
+            frozen_at: None,
+            copied: None,
+        });
+        let (held, store): (_, Arc<dyn PageStore>) = match (tasks, pipes) {
+            (Some(tasks), pipes) if !promised || self.config.destination_is_clean => {
+                let why =
+                    if promised { "its operator says so" } else { "its source ended before it committed" };
+                self.rolled_back_hook();
+                let undone = tasks.let_run(Some(word));
+                pipes.into_iter().for_each(|(_, holder)| holder.end());
+                return Err(MoveError::RolledBack(frozen::and(why.into(), undone)));
+            }
+            (None, _) if self.config.destination_is_clean => {
+                return Err(MoveError::Paused("the tasks here are killed: nothing can run on".into()));
+            }
+            (tasks, Some((store, holder))) => {
+                // Killed before it had killed them.
+                tasks.into_iter().for_each(|mut tasks| committed::kill(&mut tasks));
+                (Err(holder), store)
+            }
+            (Some(tasks), None) => {
+                let memory = frozen::memory_of(&tasks.tree, &map).map_err(MoveError::Paused)?;
+                (Ok(tasks), Arc::new(FrozenStore::new(map.clone(), memory)))
+            }
+            (None, None) => return Err(MoveError::Paused("cannot take over: the tasks are gone".into())),
+        };
+        self.recorder.phase("push");
         let (post, notices) = host::mailbox::mailbox().map_err(broken)?;
         let serving = Serving { lanes: Lanes::new(map.clone(), store), map, post, notices };
-        let session = Session::unconnected(description.generation).map_err(broken)?;
-        Committed::taken_over(serving, holder, session).finish(self)
+        let session = Session::unconnected(generation).map_err(broken)?;
+        Committed::taken_over(serving, held, word, session).finish(self)
     }
 
     /// Decides how many lanes a process with so many threads gets.
@@ -245,7 +284,7 @@ impl Mover {
         if let Err(error) = self.hooks.run(HookPhase::PreFreeze) {
             return Err(self.never_frozen(&session, &mut switchover, error.to_string()));
         }
-        let frozen = match Frozen::dump(self, &tree, &criu, &network, copied) {
+        let mut frozen = match Frozen::dump(self, &tree, &criu, network, copied) {
             Ok(frozen) => frozen,
             Err(reason) => return Err(self.never_frozen(&session, &mut switchover, reason)),
         };
@@ -266,8 +305,9 @@ impl Mover {
                         ));
                     }
                 } else if then != Action::End(Ending::LetRun) {
-                    let Frozen { tasks, serving, .. } = frozen;
-                    return Err(Committed::hold(Some(tasks), &serving, None, &session, &reason));
+                    let Frozen { tasks, serving, word, .. } = frozen;
+                    let kept = (None, word);
+                    return Err(Committed::hold(self.id, Some(tasks), &serving, kept, &session, &reason));
                 }
                 self.rolled_back_hook();
                 Err(MoveError::RolledBack(frozen::and(reason, frozen.roll_back())))
@@ -306,6 +346,14 @@ impl Mover {
             Err(_) if !problems.is_empty() => return Err(MoveError::Preflight(problems)),
             Err(error) => return Err(unknown(error)),
         };
+        if let Some(session) = self.config.state.as_ref().and_then(|dir| kept::claimed(dir, &tree)) {
+            problems.push(host::facts::problem(
+                format!("process {pid} belongs to move {session}, which has not ended"),
+                format!(
+                    "wait for it; if its source-server has ended: source-server resume --session {session}"
+                ),
+            ));
+        }
         let criu = Criu::find(self.config.criu.as_deref());
         if let Err(error) = &criu {
             problems.push(host::facts::problem("no usable criu", error.to_string()));

@@ -38,6 +38,8 @@ pub(super) enum Failure {
     Refused,
     /// Somebody listens who does not know the session.
     Unknown,
+    /// Somebody listens who has rolled it back.
+    RolledBack,
 }
 
 /// The dialling after a lost link.
@@ -81,7 +83,8 @@ impl Redial {
         let same = match (failure, self.give_up) {
             (Failure::Silent, _) | (_, GiveUp::Never) | (Failure::Refused, GiveUp::After(_)) => None,
             (Failure::Refused, GiveUp::Default) => Some(limits::NOBODY_LISTENS_PATIENCE),
-            (Failure::Unknown, _) => Some(limits::UNKNOWN_SESSION_PATIENCE),
+            // Who has rolled back is not dialled again.
+            (Failure::Unknown | Failure::RolledBack, _) => Some(limits::UNKNOWN_SESSION_PATIENCE),
         };
         let passed = |limit: Option<Duration>, since: Instant| {
             limit.is_some_and(|limit| now.saturating_duration_since(since) >= limit)

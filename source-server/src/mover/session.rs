@@ -290,6 +290,9 @@ impl NotResumed {
             Self::Link(LinkError::Hello { source: HelloError::Refused(Refusal::Session), .. }) => {
                 Failure::Unknown
             }
+            Self::Link(LinkError::Hello { source: HelloError::Refused(Refusal::RolledBack), .. }) => {
+                Failure::RolledBack
+            }
             Self::Link(LinkError::Io { source, .. }) if source.kind() == io::ErrorKind::ConnectionRefused => {
                 Failure::Refused
             }

@@ -66,6 +66,7 @@ fn wire(add: &mut Add<'_>) {
         ("busy", Err(Refusal::Busy)),
         ("link", Err(Refusal::Link)),
         ("not-yet", Err(Refusal::NotYet)),
+        ("rolled-back", Err(Refusal::RolledBack)),
     ] {
         add("hello", name, encode_reply(verdict).to_vec());
     }

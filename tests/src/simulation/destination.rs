@@ -255,6 +255,7 @@ impl Destination {
     pub const fn door(&self) -> Door {
         match self.phase {
             Phase::Receiving | Phase::Restoring(_) | Phase::Held(_) => Door::NotYet,
+            Phase::Over(Ending::TearDown) => Door::RolledBack,
             Phase::Over(_) => Door::Unknown,
             _ => Door::Open,
         }

@@ -12,6 +12,8 @@ pub enum Answer {
     Refused,
     /// Who listens does not know the session.
     Unknown,
+    /// Who listens has rolled it back.
+    RolledBack,
 }
 
 /// Who answers at the destination.
@@ -23,6 +25,8 @@ pub enum Door {
     Open,
     /// A daemon without this session.
     Unknown,
+    /// A daemon that has rolled it back.
+    RolledBack,
     /// Nobody.
     Closed,
 }
@@ -57,6 +61,7 @@ impl Net {
             Door::NotYet => Err(Answer::Silent),
             Door::Closed => Err(Answer::Refused),
             Door::Unknown => Err(Answer::Unknown),
+            Door::RolledBack => Err(Answer::RolledBack),
             Door::Open => {
                 let (here, there) = Connections::make(chance);
                 // One of an attempt before is dropped.

@@ -48,6 +48,8 @@ pub struct Host {
     pub pages: Option<Arc<Pages>>,
     /// All of it is in pipes.
     pub drained: bool,
+    /// The tasks themselves are what is served from.
+    pub frozen: bool,
     /// CRIU serves pages.
     pub dump_lives: bool,
     /// A holder has the pipes, and word was left whom they are for.
@@ -68,10 +70,19 @@ impl Host {
             map: None,
             pages: None,
             drained: false,
+            frozen: false,
             dump_lives: false,
             held: false,
             promised: false,
             released: false,
+        }
+    }
+
+    /// From here on the tasks are the store: all of it is at hand.
+    fn serve_frozen(&mut self) {
+        (self.frozen, self.drained) = (true, true);
+        if let Some(pages) = &self.pages {
+            while !pages.drain_one() {}
         }
     }
 
@@ -166,15 +177,23 @@ impl Source {
         }
     }
 
-    /// Of a move whose program was killed behind its tasks.
+    /// Of a move whose program was killed behind the freeze.
     #[must_use]
-    pub fn taken_over(chance: &Chance, host: &Host, connections: Connections) -> Self {
+    pub fn taken_over(chance: &Chance, host: &mut Host, connections: Connections) -> Self {
         let mut this = Self::new(chance, None, connections, 0);
-        this.switchover = Switchover::taken_over();
         this.phase = Phase::Serving;
-        (this.runs, this.told_drained) = (true, true);
         if let (Some(map), Some(pages)) = (&host.map, &host.pages) {
             this.open_store(map, pages);
+        }
+        if host.tasks == Tasks::Gone {
+            this.switchover = Switchover::taken_over();
+            (this.runs, this.told_drained) = (true, true);
+        } else if host.promised {
+            this.switchover = Switchover::promised();
+            host.serve_frozen();
+        } else {
+            this.end(Ending::LetRun, host);
+            return this;
         }
         this.begin_pause();
         this
@@ -347,8 +366,11 @@ impl Source {
             }
             Action::Resume => self.begin_pause(),
             Action::LetGo => {
-                // The holder first, then CRIU and the tasks.
-                (host.held, host.dump_lives, host.tasks) = (true, false, Tasks::Gone);
+                host.dump_lives = false;
+                if !host.frozen {
+                    // The holder first, then the tasks.
+                    (host.held, host.tasks) = (true, Tasks::Gone);
+                }
                 self.event(Event::HasLetGo, host);
             }
             Action::End(ending) => self.end(ending, host),
@@ -421,6 +443,10 @@ impl Source {
                 self.connections = connections;
                 pause.made = Some((Assembly::new(pages), now + 10 * SECOND));
             }
+            Err(Answer::RolledBack) => {
+                self.pause = None;
+                self.event(Event::RolledBack, host);
+            }
             Err(answer) => {
                 if answer != pause.answer.0 {
                     pause.answer = (answer, now);
@@ -428,7 +454,7 @@ impl Source {
                 let patience = match answer {
                     Answer::Silent => 45 * SECOND,
                     Answer::Refused => 30 * SECOND,
-                    Answer::Unknown => 3 * SECOND,
+                    Answer::Unknown | Answer::RolledBack => 3 * SECOND,
                 };
                 pause.dial_at = now + self.chance.between(25, 250) * 1000;
                 if now - pause.answer.1 > patience || now - pause.since > 45 * SECOND {

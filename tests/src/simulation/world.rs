@@ -421,7 +421,7 @@ impl World {
             self.operator_at = self.chance.now() + self.chance.between(MS, SECOND);
             let (here, _) = Connections::make(&self.chance);
             here.shutdown();
-            self.source = Some(Source::taken_over(&self.chance, &self.source_host, here));
+            self.source = Some(Source::taken_over(&self.chance, &mut self.source_host, here));
             (self.restarts, self.paused) = (self.restarts + 1, true);
             self.note("source-server resume");
             return true;
@@ -437,9 +437,21 @@ impl World {
         ended && self.destination_host.keeper.is_some() && self.destination_host.has_run
     }
 
-    /// A holder waits for a source, and somebody wants its pages.
+    /// A holder or stopped tasks wait for a source, and there is something to do for it.
     fn source_can_be_followed(&self) -> bool {
-        self.source_host.held && !self.source_host.released && self.destination_host.keeper.is_some()
+        let host = &self.source_host;
+        let wanted = self.destination_host.keeper.is_some();
+        let torn_down = |daemon: &Destination| daemon.ending() == Some(DestinationEnding::TearDown);
+        match host.tasks {
+            _ if host.released => false,
+            Tasks::Running => false,
+            Tasks::Gone => host.held && wanted,
+            // One that was killed has asked nobody yet; of others it makes sense while somebody there can answer.
+            Tasks::Stopped => {
+                let answers = wanted && self.destination_host.has_run;
+                self.source.is_none() || answers || self.destination.as_ref().is_some_and(torn_down)
+            }
+        }
     }
 
     fn check(&mut self) -> Result<(), String> {
@@ -460,7 +472,7 @@ impl World {
     /// How it has ended, once nothing can happen any more.
     fn outcome(&self) -> Option<Outcome> {
         let source_over = self.source.as_ref().is_none_or(|source| source.ending().is_some());
-        if !source_over {
+        if !source_over || self.source_can_be_followed() {
             return None;
         }
         let host = &self.destination_host;
@@ -475,8 +487,8 @@ impl World {
                 Tasks::Stopped | Tasks::Gone => Outcome::Stopped,
             });
         }
-        // It waits for pages; does anybody have them?
-        if self.daemon_can_be_followed() || self.source_can_be_followed() {
+        // It waits for pages; does anybody take care of that?
+        if self.daemon_can_be_followed() {
             return None;
         }
         let waits = destination_over || self.destination.as_ref().is_some_and(Destination::waits_for_pages);

@@ -65,7 +65,7 @@ pub enum Event {
     Complete,
     /// `Abort` has come.
     Abort,
-    /// `RolledBack` has come.
+    /// `RolledBack` has come, or is the answer to a new connection.
     RolledBack,
     /// A message that has no place anywhere here.
     OutOfOrder,
@@ -177,6 +177,8 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
             (State::Pushing(progress), action) => (State::Paused(Some(progress)), action),
             ended => ended,
         },
+        // The commit never arrived.
+        (State::Paused(None), Event::RolledBack) => end(Ending::LetRun),
         // Interrupted, or nobody answers.
         (State::Paused(None), _) => end(Ending::Hold),
     }
@@ -226,6 +228,13 @@ impl Default for Switchover {
 }
 
 impl Switchover {
+    /// Of a move whose program ended before its tasks were killed, and had promised to commit: new connections have to be
+    /// made, and whether the destination runs is heard then.
+    #[must_use]
+    pub const fn promised() -> Self {
+        Self(State::Paused(None))
+    }
+
     /// Of a move whose program ended once its tasks were killed: new connections have to be made.
     #[must_use]
     pub const fn taken_over() -> Self {

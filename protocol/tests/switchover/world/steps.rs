@@ -125,10 +125,23 @@ impl World {
     fn resume_steps(&self, rules: Rules, steps: &mut Vec<Step>) {
         use destination::State;
         let knows = self.destination_open();
+        // A program that has torn down says so as long as it is there.
+        let remembers = self.destination == Some(State::Ended(destination::Ending::TearDown));
         let refused = !self.down && knows.is_none();
-        self.step(steps, refused, Kind::Progress, "source: nobody there knows the session", |world| {
-            world.source_event(rules, source::Event::Broken);
-        });
+        self.step(
+            steps,
+            refused && remembers,
+            Kind::Progress,
+            "source: hears that all was rolled back",
+            |world| world.source_event(rules, source::Event::RolledBack),
+        );
+        self.step(
+            steps,
+            refused && !remembers,
+            Kind::Progress,
+            "source: nobody there knows the session",
+            |world| world.source_event(rules, source::Event::Broken),
+        );
         // Before it has heard of Commit the destination says that it cannot yet; while it lifts the barrier the
         // connections wait.
         let runs =
@@ -281,6 +294,8 @@ impl World {
             "source-server is killed",
             Self::kill_source,
         );
+        let resumable = self.source.is_none() && self.fenced && !self.freed;
+        self.step(steps, resumable, Kind::Fault, "source-server resume", Self::resume_source);
         self.step(
             steps,
             self.destination_open().is_some(),
