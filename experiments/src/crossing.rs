@@ -162,6 +162,12 @@ impl Moving {
         Ok(())
     }
 
+    /// The last lines of both tools, for messages.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        format!("source-server: {}\nuffd-daemon: {}", self.source.last_lines(), self.destination.last_lines())
+    }
+
     /// Whether both tools have ended.
     ///
     /// # Errors

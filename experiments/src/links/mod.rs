@@ -166,7 +166,8 @@ fn observe(lab: &Lab, mut moving: Moving, workload: &mut Handle, mib: usize) -> 
     let begun = Instant::now();
     while !workload.has_started()? {
         moving.check()?;
-        ensure!(begun.elapsed() < RESUME_LIMIT, "not resumed after {RESUME_LIMIT:?}");
+        let late = begun.elapsed() >= RESUME_LIMIT;
+        ensure!(!late, "not resumed after {RESUME_LIMIT:?}\n{}", moving.last_lines());
         std::thread::sleep(Duration::from_millis(1));
     }
     let arrived = || lab.traffic().map_or(0, |[from_source, _]| from_source.bytes);
