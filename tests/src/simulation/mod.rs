@@ -15,7 +15,8 @@
 //! [`net`]), threads and the waits of both programs ([`source`], [`destination`], which say what they stand for), and the
 //! kernel ([`kernel`], [`store`]). The images, CRIU, the hello of a connection and what a program does on its host
 //! (hooks, network lock, fence) are left out; so are a daemon that is killed between reading an event and recording it
-//! (`Journal::half_read` says so), a keeper that is killed, and the `frozen` store.
+//! (`Journal::half_read` says so), and a keeper that is killed. The `frozen` store is that of a source that follows one which was
+//! killed before it had killed its tasks.
 //!
 //! Looked at in each step: never two running copies; what a page reads as, is given, or is left with, is what the task has written
 //! there; no page is installed twice by one daemon; no thread waits for a page that is not missing. At the end: the
