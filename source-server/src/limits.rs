@@ -87,7 +87,7 @@ pub const COMPRESS_TRY_OTHER: u32 = 64;
 /// Batches with fewer bytes of pages say little about the link: they may fit into a buffer of ours.
 pub const COMPRESS_MEASURED_BYTES: u64 = 512 << 10;
 /// Pace of pre-copy by default. See docs/measuring.md.
-pub const PRECOPY_RATE: &str = "192M";
+pub const PRECOPY_RATE: &str = "128M";
 /// Processors that there have to be for each lane of a kind: its threads at both ends, and as many for the process.
 pub const PROCESSORS_PER_LANE: usize = 8;
 /// Most lanes of a kind that nobody has asked for: a 100 Gbit/s link needs no more.

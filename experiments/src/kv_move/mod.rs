@@ -41,6 +41,10 @@ pub const NAME: &str = "kv";
 /// Connections: enough to keep the one thread of redis busy.
 const CLIENTS: u32 = 4;
 const VALUE_BYTES: usize = 1000;
+/// Bytes of a value where there are many, so that they fit beside what was copied ahead of them.
+const SMALL_VALUE_BYTES: usize = 100;
+/// How many of those.
+const MANY_KEYS: [usize; 3] = [1_000_000, 3_000_000, 10_000_000];
 const SET_PERCENT: usize = 20;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const MOVE_LIMIT: Duration = Duration::from_secs(120);
@@ -52,7 +56,8 @@ const TIMES_MAX: usize = 1_800_000;
 /// A redis of some size, how it is moved, and how long it is looked at.
 #[derive(Clone, Copy, Debug)]
 struct Case {
-    mib: usize,
+    keys: usize,
+    value_bytes: usize,
     /// `--precopy-rounds`
     rounds: &'static str,
     peak: Duration,
@@ -62,8 +67,13 @@ struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB, pre-copy {}", self.mib, self.rounds)
+        write!(f, "{} keys, {} bytes each, pre-copy {}", self.keys, self.value_bytes, self.rounds)
     }
+}
+
+/// As many values as fit into so much memory.
+const fn keys_in(mib: usize) -> usize {
+    (mib << 20) / VALUE_BYTES
 }
 
 /// Runs the scenario.
@@ -80,15 +90,16 @@ pub fn run(options: &RunOptions, common: &Common) -> anyhow::Result<ExitCode> {
     }
     common.sweep_labs();
     let seconds = Duration::from_secs;
-    let case = if options.smoke {
-        Case { mib: 64, rounds: "0", peak: seconds(1), before: seconds(1), after: seconds(2) }
-    } else {
-        Case { mib: 1024, rounds: "0", peak: seconds(3), before: seconds(3), after: seconds(6) }
-    };
-    let case = Case { mib: options.mib.unwrap_or(case.mib), ..case };
+    let [peak, before, after] = if options.smoke { [1, 1, 2] } else { [3, 3, 6] }.map(seconds);
+    let case = |keys, value_bytes| Case { keys, value_bytes, rounds: "0", peak, before, after };
+    let mib = options.mib.unwrap_or(if options.smoke { 64 } else { 1024 });
+    let mut cases = vec![case(keys_in(mib), VALUE_BYTES)];
+    if options.mib.is_none() && !options.smoke {
+        cases.extend(MANY_KEYS.map(|keys| case(keys, SMALL_VALUE_BYTES)));
+    }
+    let groups: Vec<_> = cases.into_iter().map(|case| vec![case, Case { rounds: "auto", ..case }]).collect();
     let mut campaign = Campaign::begin(NAME, options, common, &[("criu", criu.version.clone())])?;
-    let cases = vec![case, Case { rounds: "auto", ..case }];
-    campaign.measure(&[cases], options.runs_or(5), |case, run, results| {
+    campaign.measure(&groups, options.runs_or(5), |case, run, results| {
         measure(*case, run, &criu.path, results)
     })?;
     campaign.end()
@@ -99,7 +110,7 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
     let lab = Lab::new().context("making the hosts (this needs root)")?;
     lab.add_address(Host::Source, SERVICE)?;
     let redis = Redis::start(SERVICE, |program| lab.run_in(Host::Source, program))?;
-    let clients = on_each(connect(&lab, &redis, case.mib)?, |client| client.load().context("loading keys"))?;
+    let clients = on_each(connect(&lab, &redis, case)?, |client| client.load().context("loading keys"))?;
 
     let flock = Flock::start(clients, 0);
     let (begun, before) = (Instant::now(), flock.requests());
@@ -145,7 +156,12 @@ fn measure(case: Case, run: usize, criu: &Path, results: &mut Results) -> anyhow
 }
 
 fn row(case: Case, run: usize, (peak, rate): (u64, u64), moved: &Moved, seen: &Seen) -> Row {
-    let mut row = Row::new(vec![("mib", case.mib.to_string()), ("precopy", case.rounds.to_owned())], run);
+    let columns = vec![
+        ("keys", case.keys.to_string()),
+        ("value_bytes", case.value_bytes.to_string()),
+        ("precopy", case.rounds.to_owned()),
+    ];
+    let mut row = Row::new(columns, run);
     #[expect(clippy::cast_precision_loss, reason = "requests per second")]
     for (column, value) in [
         ("peak_requests_s", peak as f64),
@@ -174,13 +190,13 @@ fn per_second(requests: u64, time: Duration) -> u64 {
 }
 
 /// Clients that share the keys evenly.
-fn connect(lab: &Lab, redis: &Redis, mib: usize) -> anyhow::Result<Vec<KvClient>> {
-    let keys = u32::try_from((mib << 20) / VALUE_BYTES).context("too many keys")? / CLIENTS;
+fn connect(lab: &Lab, redis: &Redis, case: Case) -> anyhow::Result<Vec<KvClient>> {
+    let keys = u32::try_from(case.keys).context("too many keys")? / CLIENTS;
     let client = |number| {
         let load = Load {
             keys,
             first_key: number * keys,
-            value_bytes: VALUE_BYTES,
+            value_bytes: case.value_bytes,
             rate: 0,
             set_percent: SET_PERCENT,
         };

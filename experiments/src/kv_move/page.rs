@@ -15,27 +15,21 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
         stall, over that before the move. `stall_ms` is the longest request. `back_ms` is when the 99th percentile \
         of bins of 50 ms is back to 1.2 times what it was, for four in five bins in a row.\n";
     for group in folder.table.groups() {
-        let title = format!(
-            "requests to a redis of {} MiB, pre-copy {}, run 1",
-            group.value("mib"),
-            group.value("precopy")
-        );
+        let precopy = group.value("precopy");
+        // Folders made before there was such a column name a size.
+        let (size, file) = match group.value("keys") {
+            "" => (format!("{} MiB", group.value("mib")), format!("{}-mib", group.value("mib"))),
+            keys => (format!("{keys} keys"), format!("{keys}-keys")),
+        };
+        let title = format!("requests to a redis of {size}, pre-copy {precopy}, run 1");
         let x = Axis::new("ms since the first reply after the stall", Scale::Linear);
         let mut chart = Chart::new(title, x, Axis::new("latency in us, per bin of 50 ms", Scale::Log));
         let Some(csv) = group.rows.first().and_then(|row| folder.timeline(row)) else { continue };
         for (colour, name) in ["max", "99 %", "median"].into_iter().enumerate() {
             chart.add(name, colour, Mark::Line, points(&csv, 4 - colour));
         }
-        text += &show(
-            folder,
-            &format!("latency-{}-mib-precopy-{}", group.value("mib"), group.value("precopy")),
-            &chart,
-        )?;
-        let title = format!(
-            "99th percentile, redis of {} MiB, pre-copy {}, all runs",
-            group.value("mib"),
-            group.value("precopy")
-        );
+        text += &show(folder, &format!("latency-{file}-precopy-{precopy}"), &chart)?;
+        let title = format!("99th percentile, redis of {size}, pre-copy {precopy}, all runs");
         let x = Axis::new("ms since the first reply after the stall", Scale::Linear);
         let mut chart =
             Chart::new(title, x, Axis::new("99th percentile in us, per bin of 50 ms", Scale::Log));
@@ -43,11 +37,7 @@ pub fn page(folder: &Folder) -> anyhow::Result<String> {
             let csv = folder.timeline(row).unwrap_or_default();
             chart.add(format!("run {}", row.run), colour, Mark::Thin, points(&csv, 3));
         }
-        text += &show(
-            folder,
-            &format!("p99-{}-mib-precopy-{}", group.value("mib"), group.value("precopy")),
-            &chart,
-        )?;
+        text += &show(folder, &format!("p99-{file}-precopy-{precopy}"), &chart)?;
     }
     Ok(text)
 }
