@@ -16,7 +16,7 @@ use protocol::wire::frame::TaskRun;
 use protocol::wire::precopy::{Areas, Round};
 use uffd_daemon::cache::{Kept, PageCache};
 use uffd_daemon::inflight::{Asked, InFlight, Purpose};
-use uffd_daemon::limits::{INSTALL_SLICE_PAGES, PREFETCH_PAGES};
+use uffd_daemon::limits::PREFETCH_PAGES;
 use uffd_daemon::pages::{Arrival, Family, Installer, Origin, Resolution, Rest, SpaceId, What};
 use uffd_daemon::prefetch::{Ahead, Streams};
 
@@ -31,73 +31,21 @@ const ZEROS: u8 = 0xfe;
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Op {
-    Fault {
-        space: u8,
-        page: u8,
-    },
-    Arrived {
-        first: u8,
-        pages: u8,
-        demanded: bool,
-        trouble: Option<Trouble>,
-    },
-    ArrivedKept {
-        first: u8,
-        pages: u8,
-        trouble: Option<Trouble>,
-    },
-    /// The corpus has a number here that means nothing any more.
-    NextKept {
-        hot: bool,
-        _of_corpus: u8,
-    },
-    Removed {
-        space: u8,
-        page: u8,
-        pages: u8,
-    },
-    Unmapped {
-        space: u8,
-        page: u8,
-        pages: u8,
-    },
-    Remapped {
-        space: u8,
-        from: u8,
-        to: u8,
-        pages: u8,
-    },
-    Forked {
-        space: u8,
-    },
-    Exited {
-        space: u8,
-    },
-    NotAsked {
-        first: u8,
-        pages: u8,
-    },
-    GiveUp {
-        first: u8,
-        pages: u8,
-    },
-    Fetch {
-        from: u8,
-        most: u8,
-    },
-    Ahead {
-        first: u8,
-        stride: i8,
-        pages: u8,
-    },
-    Acknowledge {
-        first: u8,
-        pages: u8,
-    },
-    Wake {
-        first: u8,
-        pages: u8,
-    },
+    Fault { space: u8, page: u8 },
+    Arrived { first: u8, pages: u8, demanded: bool, trouble: Option<Trouble> },
+    ArrivedKept { first: u8, pages: u8, trouble: Option<Trouble> },
+    NextKept { hot: bool, most: u8 },
+    Removed { space: u8, page: u8, pages: u8 },
+    Unmapped { space: u8, page: u8, pages: u8 },
+    Remapped { space: u8, from: u8, to: u8, pages: u8 },
+    Forked { space: u8 },
+    Exited { space: u8 },
+    NotAsked { first: u8, pages: u8 },
+    GiveUp { first: u8, pages: u8 },
+    Fetch { from: u8, most: u8 },
+    Ahead { first: u8, stride: i8, pages: u8 },
+    Acknowledge { first: u8, pages: u8 },
+    Wake { first: u8, pages: u8 },
 }
 
 /// What the kernel says to the first copy, instead of doing it.
@@ -348,7 +296,7 @@ impl Rig {
             Op::ArrivedKept { first, pages, trouble } => {
                 self.arrived_kept(self.range(first, pages), trouble);
             }
-            Op::NextKept { hot, .. } => self.next_kept(if hot { 2 } else { 0 }),
+            Op::NextKept { hot, most } => self.next_kept(if hot { 2 } else { 0 }, u64::from(most) % 24 + 1),
             Op::Removed { space, page, pages } => {
                 let (slot, range) = (self.slot(space), places(page, pages));
                 self.changed(slot, What::Removed { start: addr(range.start), end: addr(range.end) });
@@ -479,12 +427,14 @@ impl Rig {
         }
     }
 
-    fn next_kept(&mut self, least: u8) {
-        let next = self.family.next_kept(least);
+    fn next_kept(&mut self, least: u8, most: u64) {
+        let next = self.family.next_kept(least, most);
         let round = self.kept.values().map(|(_, round)| *round).filter(|round| *round >= least).max();
         let first = self.kept.iter().find(|(_, (_, of))| Some(*of) == round).map(|(index, _)| *index);
         assert_eq!(next.as_ref().map(|next| next.start), first);
-        assert!(next.is_none_or(|next| next.end - next.start <= INSTALL_SLICE_PAGES as u64));
+        if let Some(mut next) = next {
+            assert!(next.end - next.start <= most && next.all(|index| Some(self.kept[&index].1) == round));
+        }
     }
 
     fn follow_all(&mut self, origin: impl Fn(&Self, u64) -> Origin) {
