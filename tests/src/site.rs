@@ -150,9 +150,6 @@ pub fn default_work_dirs() -> BTreeSet<String> {
     ["/dev/shm", "/run"].into_iter().flat_map(inside).filter(|path| path.contains("/postcopy-")).collect()
 }
 
-/// The beginning of the name of a directory that CRIU makes to find out what `move_mount(2)` can, and removes.
-const PROBE: &str = ".criu.move_mount_set_group.";
-
 /// What CRIU, or programs that use it like ours, can leave on a host.
 #[derive(Debug)]
 struct Traces(BTreeSet<String>);
@@ -161,9 +158,7 @@ impl Traces {
     fn now() -> Self {
         let mut found = BTreeSet::new();
         for dir in ["/dev/shm", "/run", "/tmp"] {
-            // A CRIU that is killed while it probes the kernel leaves the directory that it has for that (docs/operations.md, Limits).
-            let is_its = |name: &String| name.starts_with(".criu") && !name.starts_with(PROBE);
-            let crius = names(Path::new(dir)).into_iter().filter(is_its);
+            let crius = names(Path::new(dir)).into_iter().filter(|name| name.starts_with(".criu"));
             found.extend(crius.map(|name| format!("{dir}/{name}")));
         }
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

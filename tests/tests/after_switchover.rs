@@ -104,6 +104,7 @@ fn assert_paused_for_good(site: &Site, stamp: &mut Stamp, store: &str, ended: &E
     assert!(!processes::has_ended(keeper));
     assert!(processes::is_unprivileged(keeper, None) && processes::has_filter(keeper));
     if let Some(holder) = holder {
+        assert!(!processes::has_ended(holder));
         assert_eq!(Entry::of(holder).unwrap().name, "postcopy-hold");
         assert!(processes::is_unprivileged(holder, None));
     }

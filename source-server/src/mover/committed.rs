@@ -71,14 +71,10 @@ impl Committed {
     /// holder has them it runs.
     pub(super) fn taken_over(
         serving: Serving,
-        held: Result<Tasks, Holder>,
+        (tasks, holder): (Option<Tasks>, Option<Holder>),
         word: Word,
         session: Session,
     ) -> Self {
-        let (tasks, holder) = match held {
-            Ok(tasks) => (Some(tasks), None),
-            Err(holder) => (None, Some(holder)),
-        };
         let drained = tasks.is_some();
         Self {
             switchover: if drained { Switchover::promised() } else { Switchover::taken_over() },

@@ -28,6 +28,7 @@ use host::interrupt::Interrupt;
 use host::progress::Progress;
 use host::report::{Outcome, Recorder, Report, TaskReport};
 use host::state_dir::StateDir;
+use protocol::lazy_map::LazyMap;
 use protocol::link::tls::TlsError;
 use protocol::link::{Endpoint, Fingerprint, LinkError};
 use protocol::wire::control::Problem;
@@ -188,8 +189,7 @@ impl Mover {
     fn taken_over(&mut self, orphan: Orphan) -> Result<(), MoveError> {
         let broken = |error: std::io::Error| MoveError::Paused(format!("cannot take over: {error}"));
         let Taken { word, map, tasks, pipes, promised, generation, dir } = orphan.take().map_err(broken)?;
-        self.recorder.report().tasks =
-            map.tasks().iter().map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
+        self.report_tasks(&map);
         let tasks = tasks.map(|TakenTasks { tree, fence, network }| Tasks {
             tree,
             network,
@@ -217,11 +217,11 @@ impl Mover {
             (tasks, Some((store, holder))) => {
                 // Killed before it had killed them.
                 tasks.into_iter().for_each(|mut tasks| committed::kill(&mut tasks));
-                (Err(holder), store)
+                ((None, Some(holder)), store)
             }
             (Some(tasks), None) => {
                 let memory = frozen::memory_of(&tasks.tree, &map).map_err(MoveError::Paused)?;
-                (Ok(tasks), Arc::new(FrozenStore::new(map.clone(), memory)))
+                ((Some(tasks), None), Arc::new(FrozenStore::new(map.clone(), memory)))
             }
             (None, None) => return Err(MoveError::Paused("cannot take over: the tasks are gone".into())),
         };
@@ -230,6 +230,12 @@ impl Mover {
         let serving = Serving { lanes: Lanes::new(map.clone(), store), map, post, notices };
         let session = Session::unconnected(generation).map_err(broken)?;
         Committed::taken_over(serving, held, word, session).finish(self)
+    }
+
+    fn report_tasks(&mut self, map: &LazyMap) {
+        let tasks = map.tasks().iter();
+        self.recorder.report().tasks =
+            tasks.map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
     }
 
     /// Decides how many lanes a process with so many threads gets.
@@ -288,13 +294,7 @@ impl Mover {
             Ok(frozen) => frozen,
             Err(reason) => return Err(self.never_frozen(&session, &mut switchover, reason)),
         };
-        self.recorder.report().tasks = frozen
-            .serving
-            .map
-            .tasks()
-            .iter()
-            .map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages })
-            .collect();
+        self.report_tasks(&frozen.serving.map);
         match frozen.reach_commit(self, &session, &mut switchover) {
             Ok(commit) => Committed::new(frozen, session, commit, switchover).finish(self),
             Err(Why { mut reason, then }) => {
