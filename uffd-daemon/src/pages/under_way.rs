@@ -11,7 +11,8 @@
 //!
 //! So a change that was read waits until the kernel says that none is under way any more. What was read until then took effect in
 //! some order: in the one whose result the kernel confirms. It is asked which places are registered, in the space and in its
-//! children; of several orders that fit, the nearest to the one of the events is taken.
+//! children; of several orders that fit, the nearest to the one of the events is taken. What an `mremap` tells of was
+//! registered until then: without lazy pages it still says whether a child was forked before or behind.
 //!
 //! `MADV_DONTNEED` reports first and drops afterwards: whatever was read before it had taken effect before.
 
@@ -173,8 +174,8 @@ enum Content {
     Lazy,
     /// Nothing that is registered.
     Nothing,
-    /// No lazy pages; their neighbours in an area are registered all the same.
-    Unknown,
+    /// No lazy pages; their neighbours in an area are registered all the same. Where it was before all changes, if that is known.
+    Unknown(Option<TaskAddr>),
 }
 
 /// What is at the first page of every stretch that lies in one piece whatever the order.
@@ -196,12 +197,14 @@ pub(super) fn find_order(
     let before = layout(space, changes, children);
     for order in orders(changes).take(limits::ORDERS_TRIED) {
         let mut wrong = 0;
-        for (who, after) in layouts(&before, changes, children, &order) {
+        let (layouts, moved) = layouts(&before, changes, children, &order);
+        for (who, after) in layouts {
             for (at, content) in after {
                 let expected = match content {
                     Content::Lazy => true,
                     Content::Nothing => false,
-                    Content::Unknown => continue,
+                    Content::Unknown(Some(origin)) if moved.contains(&origin) => true,
+                    Content::Unknown(_) => continue,
                 };
                 let registered = match known.get(&(who, at)) {
                     Some(answer) => *answer,
@@ -263,45 +266,51 @@ fn layout(space: &Space, changes: &[What], children: &[Child<'_>]) -> Layout {
             );
         }
     }
-    let content = |at: TaskAddr| if space.has(at) { Content::Lazy } else { Content::Unknown };
+    let content = |at: TaskAddr| if space.has(at) { Content::Lazy } else { Content::Unknown(Some(at)) };
     cuts.into_iter().map(|at| (at, content(at))).collect()
 }
 
-/// What is where after these changes in an order: in the space itself, and in its children, which went on since.
+/// What is where after these changes in an order: in the space itself, and in its children, which went on since. And what was
+/// not known to be registered, and was: an event told of its move.
 fn layouts(
     before: &Layout,
     changes: &[What],
     children: &[Child<'_>],
     order: &Order,
-) -> Vec<(Option<SpaceId>, Layout)> {
-    let (mut after, mut born) = (before.clone(), Vec::new());
+) -> (Vec<(Option<SpaceId>, Layout)>, HashSet<TaskAddr>) {
+    let (mut after, mut born, mut moved) = (before.clone(), Vec::new(), HashSet::new());
     for what in order.positions().filter_map(|position| changes.get(position)) {
         if let What::Forked { child } = what {
             let mut layout = after.clone();
             let since =
                 children.iter().find(|other| other.id == *child).map_or(&[][..], |child| child.changes);
-            since.iter().for_each(|what| change(&mut layout, *what));
+            since.iter().for_each(|what| change(&mut layout, *what, &mut moved));
             born.push((Some(*child), layout));
         }
-        change(&mut after, *what);
+        change(&mut after, *what, &mut moved);
     }
     born.push((None, after));
-    born
+    (born, moved)
 }
 
-fn change(layout: &mut Layout, what: What) {
+fn change(layout: &mut Layout, what: What, moved: &mut HashSet<TaskAddr>) {
     match what {
         What::Unmapped { start, end } if start < end => {
             layout.range_mut(start..end).for_each(|(_, content)| *content = Content::Nothing);
         }
         What::Remapped { from, to, pages } => {
             let source = |at: TaskAddr| layout.get(&from.add(at.pages_since(to))).copied();
-            let moved: Vec<(TaskAddr, Content)> = layout
+            let arrived: Vec<(TaskAddr, Content)> = layout
                 .range(to..to.add(pages))
-                .map(|(at, _)| (*at, source(*at).unwrap_or(Content::Unknown)))
+                .map(|(at, _)| (*at, source(*at).unwrap_or(Content::Unknown(None))))
                 .collect();
-            layout.range_mut(from..from.add(pages)).for_each(|(_, content)| *content = Content::Nothing);
-            layout.extend(moved);
+            for (_, content) in layout.range_mut(from..from.add(pages)) {
+                if let Content::Unknown(Some(origin)) = *content {
+                    moved.insert(origin);
+                }
+                *content = Content::Nothing;
+            }
+            layout.extend(arrived);
         }
         What::Unmapped { .. } | What::Removed { .. } | What::Forked { .. } => {}
     }
@@ -421,10 +430,15 @@ mod tests {
 
     /// A task with 4 lazy pages at 16 and 4 more at 32.
     fn family() -> (Family<Kernel>, SpaceId, Kernel) {
+        family_with(0..0)
+    }
+
+    /// The same, with other pages that are registered.
+    fn family_with(registered: std::ops::Range<u64>) -> (Family<Kernel>, SpaceId, Kernel) {
         let run = |page: u64| PageRun::new(ImageAddr::containing(page << 12), 4).unwrap();
         let map = LazyMap::new([(TaskId(1), vec![run(16), run(32)])]).unwrap();
         let mut family = Family::new(map.tasks()[0].clone());
-        let kernel = Kernel::with((16..20).chain(32..36));
+        let kernel = Kernel::with(registered.chain(16..20).chain(32..36));
         let root = family.restored(kernel.clone());
         (family, root, kernel)
     }
@@ -490,6 +504,24 @@ mod tests {
         assert!(matches!(family.rest(root).unwrap(), Rest::Ordered(_)));
         assert_eq!(family.fault(root, addr(100)), Resolution::Ask(0));
         assert_eq!(family.fault(root, addr(16)), Resolution::Ask(4));
+    }
+
+    #[test]
+    fn what_is_moved_over_lazy_pages_is_told_from_them_by_where_it_was() {
+        // 8 to 12 hold nothing lazy, and are registered. `mremap` tells of what was at the target, and of the move later.
+        for forked_first in [true, false] {
+            let (mut family, root, kernel) = family_with(8..12);
+            let early = kernel.fork();
+            kernel.remap(8, 16, 4);
+            let child = if forked_first { early } else { kernel.fork() };
+            family.changed(root, unmapped(16, 4));
+            let child = family.forked(root, child).unwrap();
+            family.changed(root, remapped(8, 16, 4));
+            assert!(matches!(family.rest(root).unwrap(), Rest::Ordered(_)));
+            let there = if forked_first { Resolution::Ask(1) } else { Resolution::Zero };
+            assert_eq!(family.fault(child, addr(17)), there);
+            assert_eq!(family.fault(root, addr(17)), Resolution::Zero);
+        }
     }
 
     #[test]
