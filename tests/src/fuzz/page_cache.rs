@@ -12,6 +12,7 @@ use protocol::units::{ImageAddr, PAGE_SIZE, PageRun, TaskId};
 use protocol::wire::frame::TaskRun;
 use protocol::wire::precopy::{Areas, Round};
 use uffd_daemon::cache::{CacheError, Content, Kept, PageCache};
+use uffd_daemon::limits::INSTALL_SLICE_PAGES;
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Op {
@@ -211,12 +212,11 @@ impl Rest<'_> {
         }
         self.check();
         for least in [2, 0] {
-            while let Some(next) = self.kept.next(self.map, least, 7) {
+            while let Some(next) = self.kept.next(self.map, least) {
                 let round = self.pages.values().map(|page| page.round).max().expect("a page is left");
                 let first = self.pages.iter().find(|(_, page)| page.round == round).map(|(index, _)| *index);
                 assert!(Some(next.start) == first && round >= u64::from(least) && !next.is_empty());
-                assert!(next.end - next.start <= 7);
-                assert!(next.clone().all(|i| self.pages.get(&i).is_some_and(|page| page.round == round)));
+                assert!(next.end - next.start <= INSTALL_SLICE_PAGES as u64 && next.end <= self.map.pages);
                 self.forget(next);
                 turn += 1;
                 if turn % 5 == 0 {

@@ -23,7 +23,6 @@ use uffd_daemon::fault::{Command, FaultLoop, Notice, Ready, latency_histogram};
 use uffd_daemon::intake::Intake;
 use uffd_daemon::journal::Journal;
 use uffd_daemon::keeper::Owner;
-use uffd_daemon::limits;
 use uffd_daemon::pages::{Arrival, Blocked, Installer};
 use uffd_daemon::takeover::{rebuild, wake_all};
 use uffd_daemon::tree::Tree;
@@ -734,7 +733,7 @@ impl Destination {
         }
         let mut family = tree.lock_last(installing.position);
         let Some((pages, since)) = &installing.pages else {
-            match family.next_kept(installing.least, limits::INSTALL_SLICE_PAGES as u64) {
+            match family.next_kept(installing.least) {
                 Some(pages) => installing.pages = Some((pages, now)),
                 None => installing.position += 1,
             }
@@ -743,7 +742,8 @@ impl Destination {
         match family.arrived_kept(pages.start, pages.end).expect("no errors in the model") {
             Arrival::Settled => installing.pages = None,
             Arrival::Blocked(Blocked::Unregistered) if now - since > 2 * SECOND => {
-                family.give_up(pages.start, pages.end);
+                let blocked = family.kept_in(pages.start, pages.end);
+                blocked.into_iter().for_each(|(first, end)| family.give_up(first, end));
             }
             Arrival::Blocked(_) => return false,
         }

@@ -7,8 +7,14 @@ use kernel::anonymous::Anonymous;
 use protocol::bitmap::Bitmap;
 use protocol::units::{ImageAddr, PAGE_SIZE, bytes_to_pages, pages_to_bytes};
 
+use crate::limits;
+
 /// Pages of a chunk: one mapping and one table of pages in the kernel.
 pub(super) const CHUNK_PAGES: u64 = 512;
+
+/// Pages of a block: what is installed together, and gives its memory back together. A system call for each of two pages costs
+/// more than they take.
+pub(super) const BLOCK_PAGES: u64 = limits::INSTALL_SLICE_PAGES as u64;
 
 /// What pages hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,25 +120,24 @@ impl Chunk {
         self.rounds[indices(&pages)].fill(round);
     }
 
-    /// Keeps these pages no longer; says how many it had. Their memory is taken until it is [given back](Chunk::give_back).
+    /// Keeps these pages no longer; says how many it had. Their memory is taken until their block is [given back](Chunk::give_back).
     pub(super) fn forget(&mut self, pages: &Range<u64>) -> u64 {
         self.data.unset_range(pages.start, pages.end) + self.zeros.unset_range(pages.start, pages.end)
     }
 
-    /// Gives back the memory of those of these pages that are not kept.
+    /// Gives back the memory of each block of these pages that keeps none.
     pub(super) fn give_back(&mut self, pages: &Range<u64>) {
-        let mut at = pages.start;
-        while let Some((first, end)) = self.resident.run_in(at, pages.end) {
-            let next = self.data.run_in(first, end).unwrap_or((end, end));
-            if next.0 == first {
-                at = next.1;
-                continue;
+        let mut at = pages.start - pages.start % BLOCK_PAGES;
+        let end = pages.end.next_multiple_of(BLOCK_PAGES);
+        while at < end {
+            // As many blocks together as have no page between them.
+            let kept = self.data.run_in(at, end).map_or(end, |(page, _)| page - page % BLOCK_PAGES);
+            while let Some((first, behind)) = self.resident.run_in(at, kept) {
+                self.resident.unset_range(first, behind);
+                // It cannot fail for memory that is mapped; at the latest the whole chunk is unmapped.
+                let _ = self.memory.give_back(bytes(&(first..behind)));
             }
-            let unused = first..next.0;
-            self.resident.unset_range(unused.start, unused.end);
-            // It cannot fail for memory that is mapped; at the latest the whole chunk is unmapped.
-            let _ = self.memory.give_back(bytes(&unused));
-            at = unused.end;
+            at = kept + BLOCK_PAGES;
         }
     }
 

@@ -119,12 +119,14 @@ fn run(tree: &Arc<Tree>, state: &State, post: &Post<Milestone>) -> io::Result<()
     for least in [HOT_ROUND, 0] {
         for position in 0..tree.len() {
             while !ends() {
-                let next = tree.lock_last(position).next_kept(least, limits::INSTALL_SLICE_PAGES as u64);
+                let next = tree.lock_last(position).next_kept(least);
                 let Some(pages) = next else { break };
                 install_slice(tree, position, |family| {
-                    Ok(match family.arrived_kept(pages.start, pages.end)? {
-                        Arrival::Settled => Piece::Last,
-                        Arrival::Blocked(why) => Piece::Blocked { why, first: pages.start, end: pages.end },
+                    let arrival = family.arrived_kept(pages.start, pages.end)?;
+                    // What is not kept here comes otherwise.
+                    Ok(match (arrival, family.kept_in(pages.start, pages.end)) {
+                        (Arrival::Blocked(why), Some((first, end))) => Piece::Blocked { why, first, end },
+                        _ => Piece::Last,
                     })
                 })?;
                 if tree.lock_last(position).remote_pages() == 0 {

@@ -8,7 +8,7 @@ use protocol::bitmap::Bitmap;
 use protocol::lazy_map::TaskMap;
 
 use super::CacheError;
-use super::chunk::{CHUNK_PAGES, Chunk, Content, address, parts};
+use super::chunk::{BLOCK_PAGES, CHUNK_PAGES, Chunk, Content, address, parts};
 
 /// Clean pages that lie together and hold the same kind of content. Indices are within the family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,9 +133,9 @@ impl Kept {
         }
     }
 
-    /// What to install next, at most `most` pages, of those that were last copied in round `least` or later: the latest copies
+    /// Where to install next: the pages of a block behind one that was last copied in round `least` or later, the latest copies
     /// first, by address within a round. They stay here until they are [forgotten](Kept::forget).
-    pub fn next(&mut self, map: &TaskMap, least: u8, most: u64) -> Option<Range<u64>> {
+    pub fn next(&mut self, map: &TaskMap, least: u8) -> Option<Range<u64>> {
         while self.sort_out() {}
         loop {
             let (round, Reverse(number)) = *self.order.last().filter(|(round, _)| *round >= least)?;
@@ -146,7 +146,8 @@ impl Kept {
                 continue;
             };
             let first = index - map.first;
-            return Some(first..first + most.min(pages.end - pages.start));
+            // Where the block is not lazy as a whole, these reach into the next.
+            return Some(first..map.pages.min(first + BLOCK_PAGES - pages.start % BLOCK_PAGES));
         }
     }
 

@@ -342,9 +342,16 @@ impl<I: Installer> Family<I> {
         self.kept = self.kept.take().filter(|kept| kept.pages() > 0);
     }
 
-    /// The pages to install next of those that are kept and were last copied in round `least` or later, at most `most`.
-    pub fn next_kept(&mut self, least: u8, most: u64) -> Option<Range<u64>> {
-        self.kept.as_mut()?.next(&self.map, least, most)
+    /// The first of these pages that are kept and lie together, as first index and first index behind.
+    #[must_use]
+    pub fn kept_in(&self, first: u64, end: u64) -> Option<(u64, u64)> {
+        let run = self.kept.as_ref()?.run_in(&self.map, first, end)?;
+        Some((run.first, run.first + run.content.pages()))
+    }
+
+    /// Where to install next what is kept, if any of it was last copied in round `least` or later; see [`Kept::next`].
+    pub fn next_kept(&mut self, least: u8) -> Option<Range<u64>> {
+        self.kept.as_mut()?.next(&self.map, least)
     }
 
     /// Sorts out a piece of what is kept, as [`Kept::sort_out`] does.
