@@ -106,7 +106,8 @@ impl Dump {
     }
 
     /// Waits until CRIU's page server is ready, for less long once it was interrupted. Returns when the tasks
-    /// were seen frozen. On the last try a dump that takes all memory for stacks is better than none.
+    /// were seen frozen; `once_frozen` is called as soon as all were. On the last try a dump that takes all memory for stacks is
+    /// better than none.
     ///
     /// # Errors
     /// [`DumpError`]; CRIU has ended and the tasks run.
@@ -116,11 +117,13 @@ impl Dump {
         last_try: bool,
         interrupt: BorrowedFd<'_>,
         mut limit: Duration,
+        once_frozen: impl FnOnce(),
     ) -> Result<Instant, DumpError> {
         const LOOK: Duration = Duration::from_micros(200);
         let mut stacks = Some(StackWatch::new(root));
         let begun = Instant::now();
         let mut frozen = None;
+        let mut once_frozen = Some(once_frozen);
         let mut called_off = false;
         loop {
             if let Some(watch) = &mut stacks {
@@ -137,6 +140,7 @@ impl Dump {
                 }
                 if found != Stacks::Running {
                     stacks = None;
+                    once_frozen.take().into_iter().for_each(|then| then());
                 }
             }
             let look = if stacks.is_some() { Instant::now() + LOOK } else { begun + limit };

@@ -1,7 +1,7 @@
 //! What a destination would have of a tree: copies of the pages that a tracker reports, checked against the tree itself,
 //! which is stopped for it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -25,6 +25,8 @@ const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
 #[derive(Debug, Default)]
 pub struct Shadow {
     tasks: HashMap<TaskId, HashMap<u64, Box<[u8]>>>,
+    /// What a look ahead has reported: nobody copies it, and the last scan need not report it.
+    stale: HashMap<TaskId, HashSet<u64>>,
     room: Vec<u8>,
 }
 
@@ -58,6 +60,17 @@ impl Shadow {
         round
     }
 
+    /// A look ahead, of a tree that runs on.
+    pub fn look_ahead(&mut self, tracker: &mut dyn Tracker, tree: &ProcessTree) {
+        let round = tracker.scan(tree, Pass::Ahead);
+        self.void(&round);
+        for found in &round.tasks {
+            let pages =
+                found.runs.iter().flat_map(|run| (0..run.pages.pages).map(|n| run.pages.start.add(n)));
+            self.stale.entry(found.task).or_default().extend(pages.map(ImageAddr::get));
+        }
+    }
+
     /// The last scan of a tree that stands still. Every page that is there and was not reported must be what was copied;
     /// returns how many those are, and what the scan reported.
     ///
@@ -78,9 +91,10 @@ impl Shadow {
         let (mut clean, mut wrong) = (0, Vec::new());
         let nothing = HashMap::new();
         let copies = self.tasks.get(&task.id).unwrap_or(&nothing);
+        let is_stale = |page: u64| self.stale.get(&task.id).is_some_and(|stale| stale.contains(&page));
         for address in pages_there(task.pid) {
             let here = ImageAddr::containing(address);
-            if found.runs.iter().any(|run| run.pages.contains(here)) {
+            if found.runs.iter().any(|run| run.pages.contains(here)) || is_stale(address) {
                 continue;
             }
             let mut page = [0; PAGE_SIZE];
@@ -128,6 +142,7 @@ pub fn churn(dir: &Path, tracker: &mut dyn Tracker, mib: usize, processes: u16, 
         stops.extend(round.stops);
         stamp.wait_ops(1000);
     }
+    shadow.look_ahead(tracker, &ProcessTree::of(stamp.pid()).expect("a tree"));
     let frozen = stop(stamp.pid());
     let (clean, last) = shadow.check(tracker, &frozen);
     println!("{}: rounds {pages:?}, last {} written, {clean} clean", tracker.method(), last.pages());

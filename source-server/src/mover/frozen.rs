@@ -149,7 +149,7 @@ impl Frozen {
         tree: &ProcessTree,
         criu: &Criu,
         network: NetworkLock,
-        copied: Option<Copied>,
+        mut copied: Option<Copied>,
     ) -> Result<Self, String> {
         not_interrupted(mover)?;
         let dir = WorkDir::create(mover.config.work_dir.as_deref(), "postcopy-source")
@@ -161,7 +161,10 @@ impl Frozen {
                 .map_err(|error| why_not_frozen(tree, &error))?;
             tries += 1;
             let last_try = tries == limits::ALIGNED_STACK_TRIES;
-            match dump.wait_ready(tree.root().pid, last_try, mover.interrupt.as_fd(), limits::DUMP_TIMEOUT) {
+            let interrupt = mover.interrupt.as_fd();
+            let root = tree.root().pid;
+            let look_ahead = || look_ahead(copied.as_mut(), root);
+            match dump.wait_ready(root, last_try, interrupt, limits::DUMP_TIMEOUT, look_ahead) {
                 Ok(frozen_at) => break (dump, frozen_at),
                 // The next freeze will find the thread elsewhere, unless it sleeps there.
                 Err(error @ DumpError::AlignedStack(_)) => tracing::info!("{error}; trying again"),
@@ -413,6 +416,14 @@ impl Frozen {
     pub(super) fn roll_back(self) -> Result<(), String> {
         self.tasks.roll_back(&self.serving.lanes, self.word)
     }
+}
+
+/// While CRIU dumps: what was written since the last round. Whatever this does not find, the last scan does.
+fn look_ahead(copied: Option<&mut Copied>, root: u32) {
+    let began = Instant::now();
+    let Some((copied, tree)) = copied.zip(ProcessTree::of(root).ok()) else { return };
+    copied.look_ahead(&tree);
+    tracing::debug!(us = began.elapsed().as_micros(), "look ahead");
 }
 
 impl Tasks {

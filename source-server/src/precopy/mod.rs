@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!           ┌────────────────────── rounds, in a thread ──────────────────────┐
-//! preflight │ scan ─ copy what it reports ─ Round ─▶ ◀─ Round ─ scan ─ copy … │ freeze, dump ── last scan ── Clean
+//! preflight │ scan ─ copy what it reports ─ Round ─▶ ◀─ Round ─ scan ─ copy … │ freeze ─ look ahead, dump ─ last scan ─ Clean
 //!           └─────────────────────────────────────────────────────────────────┘
 //! ```
 //!
@@ -42,6 +42,8 @@ pub struct Copied {
     /// There until the drop.
     tracker: Option<Box<dyn Tracker>>,
     record: Record,
+    /// Pages that the look ahead has found written.
+    ahead: u64,
 }
 
 /// What the last scan found.
@@ -51,29 +53,41 @@ pub struct LastScan {
     pub clean: Bitmap,
     /// The lazy pages that were written again in one round after another: likely to be needed soon.
     pub hot: Bitmap,
-    /// Pages that were written since the scan before.
+    /// Pages that were written since the scan before; one that is written behind the look ahead as well counts twice.
     pub written: u64,
 }
 
 impl Copied {
     fn new(tracker: Box<dyn Tracker>, most_pages: u64) -> Self {
-        Self { tracker: Some(tracker), record: Record::new(most_pages) }
+        Self { tracker: Some(tracker), record: Record::new(most_pages), ahead: 0 }
     }
 
     fn tracker(&mut self) -> &mut dyn Tracker {
         self.tracker.as_deref_mut().expect("there until the drop")
     }
 
+    /// A look at a tree that CRIU has frozen and dumps, so that the last scan finds little: it is what the tree waits for.
+    pub fn look_ahead(&mut self, tree: &ProcessTree) {
+        let found = self.tracker().scan(tree, Pass::Ahead);
+        self.ahead += found.pages();
+        for found in &found.tasks {
+            if found.is_void() {
+                self.record.keep_within(found.task, true, &[]);
+            }
+            found.runs.iter().for_each(|run| self.record.written_last(found.task, run.pages));
+        }
+    }
+
     /// The last scan, of a tree that stands still and whose images have these lazy pages.
     pub fn last_scan(&mut self, tree: &ProcessTree, map: &LazyMap) -> LastScan {
         let last = self.tracker().scan(tree, Pass::Last);
-        let hot = self.record.rewritten(map);
         self.record.keep_tasks(|task| last.tasks.iter().any(|found| found.task == task));
         for found in &last.tasks {
             self.record.keep_within(found.task, found.is_void(), &found.areas);
-            found.runs.iter().for_each(|run| self.record.written(found.task, run.pages));
+            found.runs.iter().for_each(|run| self.record.written_last(found.task, run.pages));
         }
-        LastScan { clean: self.record.clean(map), hot, written: last.pages() }
+        let (clean, hot) = (self.record.clean(map), self.record.rewritten(map));
+        LastScan { clean, hot, written: self.ahead + last.pages() }
     }
 
     /// The tree is gone: there is nothing to lift, and closing descriptors costs nothing.

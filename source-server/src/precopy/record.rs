@@ -87,15 +87,27 @@ impl Record {
 
     /// These pages may have been written: what is kept of them is stale.
     pub fn written(&mut self, task: TaskId, run: PageRun) {
-        let Some(groups) = self.tasks.get_mut(&task) else { return };
-        for (number, start, end) in parts(run) {
-            let Some(group) = groups.get_mut(&number) else { continue };
+        self.in_groups(task, run, |group, start, end| {
             group.fresh.unset_range(start, end);
             let mut at = start;
             while let Some((first, behind)) = group.kept.run_in(at, end) {
                 group.rewritten.set_range(first, behind);
                 at = behind;
             }
+        });
+    }
+
+    /// As [`Record::written`], where no round follows: it says nothing of how often a page is written.
+    pub fn written_last(&mut self, task: TaskId, run: PageRun) {
+        self.in_groups(task, run, |group, start, end| {
+            group.fresh.unset_range(start, end);
+        });
+    }
+
+    fn in_groups(&mut self, task: TaskId, run: PageRun, mut each: impl FnMut(&mut Group, u64, u64)) {
+        let Some(groups) = self.tasks.get_mut(&task) else { return };
+        for (number, start, end) in parts(run) {
+            groups.get_mut(&number).into_iter().for_each(|group| each(group, start, end));
         }
     }
 

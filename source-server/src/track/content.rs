@@ -43,7 +43,10 @@ impl Tracker for Content {
         Method::Content
     }
 
-    fn scan(&mut self, tree: &ProcessTree, _pass: Pass) -> Round {
+    fn scan(&mut self, tree: &ProcessTree, pass: Pass) -> Round {
+        if pass == Pass::Ahead {
+            return Round::default();
+        }
         self.scan_by(tree, |_, _, entry| entry.is_there().then_some(Look::Compare))
     }
 

@@ -59,6 +59,9 @@ impl std::fmt::Display for Method {
 pub enum Pass {
     /// A round while the tree runs: what is new is armed, and what is reported is watched again from here on.
     Round,
+    /// Before the last look, so that it has less to find: as a round, but nothing is armed, and nobody copies what is reported. A
+    /// method whose last look would not be quicker for it does nothing.
+    Ahead,
     /// The last look at a tree that stands still, held by somebody else's ptrace.
     Last,
 }

@@ -55,6 +55,7 @@ impl Tracker for SoftDirty {
     fn scan(&mut self, tree: &ProcessTree, pass: Pass) -> Round {
         match pass {
             Pass::Round => self.round(tree),
+            Pass::Ahead => Round::default(),
             Pass::Last => self.last(tree),
         }
     }

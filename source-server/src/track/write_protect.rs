@@ -179,10 +179,11 @@ impl WriteProtect {
             match pass {
                 Pass::Round if look.round(found)? => ours.push(found.area),
                 Pass::Round => {}
+                Pass::Ahead => look.ahead(found.area, &mut ours)?,
                 Pass::Last => look.last(found.area)?,
             }
         }
-        if let (Some(armed), Pass::Round) = (self.armed.get_mut(&round.pid), pass) {
+        if let (Some(armed), Pass::Round | Pass::Ahead) = (self.armed.get_mut(&round.pid), pass) {
             armed.ours = ours;
         }
         Ok(())
@@ -305,6 +306,17 @@ impl Look<'_> {
             }
         }
         Ok(registered)
+    }
+
+    /// An area of a task before the last look: what is ours and still registered stays so. Of the rest the last look reports all.
+    fn ahead(&mut self, area: PageRun, ours: &mut Vec<PageRun>) -> Result<(), Broken> {
+        let Some(armed) = self.armed else { return Ok(()) };
+        for (part, _) in armed.parts(area).into_iter().filter(|(_, ours)| *ours) {
+            if self.again(part)? {
+                ours.push(part);
+            }
+        }
+        Ok(())
     }
 
     /// An area of a task that stands still. What is not ours, or not registered any more, counts as written as a whole.
