@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 
 use kernel::pidfd::PidFd;
 use protocol::criu::page_server::HeaderLayout;
@@ -159,8 +159,22 @@ impl Running {
     /// # Errors
     /// The errno of starting it.
     pub fn start(command: &mut Command, log: PathBuf) -> io::Result<Self> {
+        Self::spawn(command.stdin(Stdio::null()), log)
+    }
+
+    /// As [`Running::start`]; what is written to the second value is its standard input.
+    ///
+    /// # Errors
+    /// The errno of starting it.
+    pub fn start_fed(command: &mut Command, log: PathBuf) -> io::Result<(Self, ChildStdin)> {
+        let mut running = Self::spawn(command.stdin(Stdio::piped()), log)?;
+        let input = running.child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        Ok((running, input))
+    }
+
+    fn spawn(command: &mut Command, log: PathBuf) -> io::Result<Self> {
         let printed = File::create(printed(&log))?;
-        let child = command.stdin(Stdio::null()).stdout(printed.try_clone()?).stderr(printed).spawn()?;
+        let child = command.stdout(printed.try_clone()?).stderr(printed).spawn()?;
         let pidfd = PidFd::open(child.id())?;
         Ok(Self { child, pidfd, log })
     }

@@ -55,12 +55,16 @@ impl AsFd for Barrier {
 }
 
 impl Barrier {
-    /// Listens in `dir`.
+    /// Listens in `dir`; a socket left by an earlier restore there is replaced.
     ///
     /// # Errors
     /// The errno of `bind(2)`.
     pub fn new(dir: &Path) -> io::Result<Self> {
         let path = dir.join("barrier.socket");
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
         Ok(Self { listener: UnixListener::bind(&path)?, path, held: None })
     }
 

@@ -60,6 +60,8 @@ pub const ACKED_TOGETHER: usize = 32;
 pub const UNREGISTERED_PATIENCE: Duration = Duration::from_secs(2);
 /// How long the source may be silent between two pieces of its images: it reads them out of memory.
 pub const IMAGE_PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of CRIU's first image, which has some hundred: what a pipe takes at once, however small the kernel makes it.
+pub const INVENTORY_BYTES_MAX: usize = 4096;
 /// How long restore may take from the last image to the switchover.
 pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long the source may take to commit once everything is prepared.

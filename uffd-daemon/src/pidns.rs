@@ -11,7 +11,8 @@
 //!      └─ stdout: "init PID", then "exit STATUS" ──────┘
 //! ```
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
@@ -69,7 +70,7 @@ impl PidNamespace {
     }
 
     /// Starts the command in the namespace, with the barrier's socket in its environment and what it prints in
-    /// `output`; pids above `keep_free_below` are used for it and its helpers.
+    /// `output`; pids above `keep_free_below` are used for it and its helpers. Returns what it reads as its standard input.
     ///
     /// # Errors
     /// A broken pipe if the namespace is gone.
@@ -80,12 +81,13 @@ impl PidNamespace {
         barrier: &Path,
         output: &Path,
         keep_free_below: u32,
-    ) -> io::Result<()> {
+    ) -> io::Result<ChildStdin> {
         let mut orders = self.orders.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let order = serde_json::json!({
             "program": program, "args": args, "barrier": barrier, "output": output, "last_pid": keep_free_below
         });
-        orders.write_all(format!("{order}\n").as_bytes())
+        orders.write_all(format!("{order}\n").as_bytes())?;
+        Ok(orders)
     }
 
     /// Readable when the command has ended (or the namespace is gone): then [`PidNamespace::exit_status`].
@@ -150,12 +152,12 @@ fn init() -> io::Result<()> {
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("proc"), "/proc", Some("proc"), flags, none)?;
-    let mut line = String::new();
-    if io::stdin().lock().read_line(&mut line)? == 0 {
+    let line = first_line(File::from(io::stdin().as_fd().try_clone_to_owned()?))?;
+    if line.is_empty() {
         // Called off before anything was started.
         return Ok(());
     }
-    let order: serde_json::Value = serde_json::from_str(&line)?;
+    let order: serde_json::Value = serde_json::from_slice(&line)?;
     let program = order["program"].as_str().ok_or(io::ErrorKind::InvalidData)?;
     let args: Vec<&str> =
         order["args"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str).collect();
@@ -165,13 +167,22 @@ fn init() -> io::Result<()> {
     }
     let mut command = Command::new(program);
     command.env(barrier::SOCKET, order["barrier"].as_str().unwrap_or_default());
-    let output = std::fs::File::create(order["output"].as_str().unwrap_or_default())?;
-    command.args(args).stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+    let output = File::create(order["output"].as_str().unwrap_or_default())?;
+    command.args(args).stdin(Stdio::inherit()).stdout(output.try_clone()?).stderr(output);
     let child = command.spawn()?;
     // It holds the file that CRIU prints to.
     drop(command);
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     reap(child)
+}
+
+/// One line, and nothing behind it: that is the command's.
+fn first_line(mut input: File) -> io::Result<Vec<u8>> {
+    let (mut line, mut byte) = (Vec::new(), [0]);
+    while input.read(&mut byte)? == 1 && byte != *b"\n" {
+        line.push(byte[0]);
+    }
+    Ok(line)
 }
 
 /// Reaps until nobody is left, and reports when `child` ends.

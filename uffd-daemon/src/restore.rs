@@ -1,11 +1,18 @@
 //! `criu restore --lazy-pages`, held at a [`Barrier`] before the tasks' first instruction.
+//!
+//! CRIU takes tens of milliseconds to start: it finds out what the kernel can do, with a dozen of processes of its own where it
+//! cannot remember that (it does so on a tmpfs below `/run` only). So it is started before there are images, while the
+//! tree still runs at the source. The first image that it reads is a link to its standard input, a pipe: it waits there until it is
+//! [given the images](Restore::begin), and ends if this process does.
 
 use std::ffi::OsString;
-use std::io;
+use std::fs;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{ChildStdin, Command};
 use std::time::Duration;
 
 use host::criu::{self, Criu, Running};
@@ -14,7 +21,9 @@ use kernel::pidfd::PidFd;
 use kernel::spawn::CommandSetup;
 
 use crate::barrier::{self, Barrier, Report};
+use crate::limits;
 use crate::pidns::PidNamespace;
+use crate::preflight;
 
 /// Which PID namespace a restored tree gets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,6 +36,11 @@ pub enum PidPlace {
     /// A new one.
     New,
 }
+
+/// The image that CRIU reads before all others.
+const FIRST_IMAGE: &str = "inventory.img";
+/// Where CRIU looks for images.
+const CRIUS_IMAGES: &str = "restoring";
 
 /// How long CRIU may take to kill what it restored.
 const ABORT_PATIENCE: Duration = Duration::from_secs(10);
@@ -41,6 +55,11 @@ enum Place {
 #[derive(Debug)]
 pub struct Restore {
     place: Option<Place>,
+    /// Where CRIU waits for the first image.
+    first: Option<ChildStdin>,
+    images: PathBuf,
+    /// The highest pid that there is room for in a namespace.
+    highest_pid: u32,
     barrier: Barrier,
     /// What it has restored in this PID namespace, from when it was held: a CRIU that is killed leaves it behind.
     held: Vec<PidFd>,
@@ -51,8 +70,8 @@ pub struct Restore {
 }
 
 impl Restore {
-    /// Starts CRIU on the images in `dir/images`, in `namespace` if there is one. `highest_pid` is the
-    /// highest pid that the tree needs.
+    /// Starts CRIU in `dir`, in `namespace` if there is one, and lets it wait for images. `highest_pid` is the highest pid that
+    /// the tree needs.
     ///
     /// # Errors
     /// The errno of the system calls.
@@ -63,29 +82,82 @@ impl Restore {
         highest_pid: u32,
         options: &[OsString],
     ) -> io::Result<Self> {
+        let images = dir.join(CRIUS_IMAGES);
+        match fs::remove_dir_all(&images) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => fs::create_dir(&images)?,
+        }
+        // Other than a FIFO, a pipe can be opened without somebody at its other end.
+        symlink("/proc/self/fd/0", images.join(FIRST_IMAGE))?;
         let barrier = Barrier::new(dir)?;
         let log = dir.join("restore.log");
         let text = |path: &Path| path.to_string_lossy().into_owned();
-        let mut args = vec!["restore".to_owned(), "--images-dir".into(), text(&dir.join("images"))];
+        let mut args = vec!["restore".to_owned(), "--images-dir".into(), text(&images)];
         args.extend(["--work-dir".to_owned(), text(dir), "--log-file".into(), text(&log)]);
         args.extend(["-v1", "--lazy-pages", "--restore-detached", "--action-script"].map(str::to_owned));
         args.push(text(&std::env::current_exe()?));
         args.extend(options.iter().map(|option| option.to_string_lossy().into_owned()));
-        let place = match namespace {
+        let (place, first) = match namespace {
             Some(mut namespace) => {
                 // Room for CRIU and for the programs it starts.
                 let (program, output) = (text(&criu.path), criu::printed(&log));
-                namespace.start(&program, &args, barrier.path(), &output, highest_pid + 1)?;
-                Place::Namespace(namespace)
+                let first = namespace.start(&program, &args, barrier.path(), &output, highest_pid + 1)?;
+                (Place::Namespace(namespace), first)
             }
             None => {
                 let mut command = Command::new(&criu.path);
                 command.args(&args).env(barrier::SOCKET, barrier.path()).own_session();
-                Place::Host(Running::start(&mut command, log.clone())?)
+                let (running, first) = Running::start_fed(&mut command, log.clone())?;
+                (Place::Host(running), first)
             }
         };
         let silence = UnixStream::pair()?;
-        Ok(Self { place: Some(place), barrier, held: Vec::new(), silence, log, ended: None })
+        Ok(Self {
+            place: Some(place),
+            first: Some(first),
+            images,
+            highest_pid,
+            barrier,
+            held: Vec::new(),
+            silence,
+            log,
+            ended: None,
+        })
+    }
+
+    /// Whether a tree with these pids can be restored where this was started.
+    #[must_use]
+    pub fn has_room_for(&self, pids: &[u32], place: PidPlace) -> bool {
+        match (&self.place, place) {
+            (Some(Place::Namespace(_)), _) => pids.iter().all(|pid| *pid <= self.highest_pid),
+            // By now CRIU itself may have taken one.
+            (_, PidPlace::Auto) => preflight::first_used(pids).is_none(),
+            _ => true,
+        }
+    }
+
+    /// Gives CRIU the images in `from`: the restore begins.
+    ///
+    /// # Errors
+    /// The errno of linking and reading them; `InvalidData` for an inventory that is not CRIU's.
+    pub fn begin(&mut self, from: &Path) -> io::Result<()> {
+        let Some(mut waiting) = self.first.take() else { return Ok(()) };
+        for image in fs::read_dir(from)? {
+            let image = image?;
+            if image.file_name() != FIRST_IMAGE {
+                fs::hard_link(image.path(), self.images.join(image.file_name()))?;
+            }
+        }
+        let first = fs::read(from.join(FIRST_IMAGE))?;
+        if first.len() > limits::INVENTORY_BYTES_MAX {
+            let what = format!("{FIRST_IMAGE} has {} bytes: that is not criu's", first.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        match waiting.write_all(&first) {
+            // Whoever waits for the restore hears that it has ended, and why.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result,
+        }
     }
 
     /// Readable when the restore reports.
@@ -163,8 +235,15 @@ impl Restore {
 
     /// Undoes the restore: nothing of the tree is left.
     pub fn abort(&mut self) {
+        // Without images CRIU ends by itself, and takes along what it tries the kernel with.
+        let waits = self.first.take().is_some();
         match self.place.take() {
-            Some(Place::Namespace(mut namespace)) => namespace.kill(),
+            Some(Place::Namespace(mut namespace)) => {
+                if waits && self.ended.is_none() {
+                    let _ = waiting::readable_within(namespace.ended_fd(), ABORT_PATIENCE);
+                }
+                namespace.kill();
+            }
             Some(Place::Host(mut running)) => {
                 // At the barrier CRIU kills its tree by itself; elsewhere it is taken down with it.
                 self.barrier.refuse();

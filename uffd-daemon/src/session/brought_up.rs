@@ -1,6 +1,5 @@
 //! A tree that is being restored, and the threads that feed it.
 
-use std::ffi::OsString;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,18 +21,17 @@ use protocol::wire::switchover::destination::Event;
 use super::arrivals::Lanes;
 use super::lanes::LaneThreads;
 use super::precopy::{Precopied, Prefill};
-use super::{SessionConfig, StateConfig};
+use super::standby::{Parts, Standby};
+use super::{IMAGES, SessionConfig, StateConfig};
 use crate::barrier::Report;
 use crate::cache::{Installing, Milestone};
 use crate::fault::Command;
-use crate::handover::{HandoverSocket, ReceiveError};
+use crate::handover::ReceiveError;
 use crate::journal::Journal;
 use crate::keeper::{KeeperHandle, Owner};
 use crate::limits;
-use crate::pidns::PidNamespace;
-use crate::preflight;
 use crate::push::PushError;
-use crate::restore::{PidPlace, Restore};
+use crate::restore::Restore;
 use crate::steering::Steering;
 use crate::takeover::{Description, SOCKET, Taken};
 use crate::tree::Tree;
@@ -72,8 +70,6 @@ impl Failure {
 
 /// What a restore begins with.
 pub(super) struct Images {
-    /// Holds them.
-    pub(super) dir: WorkDir,
     /// As the source counts them.
     pub(super) lazy_pages: u64,
     pub(super) precopied: Option<Precopied>,
@@ -101,13 +97,13 @@ impl BroughtUp {
     /// Starts everything that a restore needs, and the restore.
     pub(super) fn start(
         config: &SessionConfig,
+        standby: Standby,
         images: Images,
-        options: &[OsString],
         lanes: Lanes<Stream>,
     ) -> Result<Self, String> {
-        let Images { dir, lazy_pages, precopied } = images;
+        let Images { lazy_pages, precopied } = images;
         let failed = |what: &'static str| move |error: std::io::Error| format!("cannot {what}: {error}");
-        let checkpoint = Checkpoint::open(&dir.path().join("images")).map_err(|error| error.to_string())?;
+        let checkpoint = Checkpoint::open(&standby.dir().join(IMAGES)).map_err(|error| error.to_string())?;
         let live = checkpoint.tasks.iter().filter(|task| task.alive);
         let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
         let map = map.map_err(|error| error.to_string())?;
@@ -128,13 +124,12 @@ impl BroughtUp {
             installing = Some(start.map_err(failed("start a thread"))?);
         }
 
-        let keeper = KeeperHandle::start().map_err(failed("start the keeper"))?;
-        let mut threads =
-            LaneThreads::start(tree.clone(), keeper.clone()).map_err(failed("start the fault loop"))?;
+        let mut threads = LaneThreads::start(tree.clone(), standby.keeper().clone())
+            .map_err(failed("start the fault loop"))?;
         threads.attach(lanes).map_err(failed("serve the lanes"))?;
-        let socket = HandoverSocket::bind(dir.path()).map_err(failed("listen for the hand-over"))?;
         let (cancel_handover, cancelled) = UnixStream::pair().map_err(failed("make a socket pair"))?;
         let (handed, handed_over) = mailbox().map_err(failed("make a mailbox"))?;
+        let Parts { dir, keeper, socket, restore } = standby.take(config, &pids)?;
         let handover_thread = {
             let (tree, first, keeper) = (tree.clone(), threads.first(), keeper.clone());
             std::thread::spawn(move || {
@@ -161,10 +156,10 @@ impl BroughtUp {
             handover_thread: Some(handover_thread),
             cancel_handover: Some(cancel_handover),
             keeper,
-            restore: None,
+            restore: Some(restore),
             dir,
         };
-        match this.start_restore(config, &pids, options).and_then(|()| this.describe(config)) {
+        match this.begin_restore().and_then(|()| this.describe(config)) {
             Ok(()) => Ok(this),
             Err(reason) => {
                 this.tear_down();
@@ -173,23 +168,10 @@ impl BroughtUp {
         }
     }
 
-    fn start_restore(
-        &mut self,
-        config: &SessionConfig,
-        pids: &[u32],
-        options: &[OsString],
-    ) -> Result<(), String> {
-        let used = preflight::first_used(pids);
-        let namespace = match (config.place, used) {
-            (PidPlace::Host, _) | (PidPlace::Auto, None) => None,
-            (PidPlace::New, _) | (PidPlace::Auto, Some(_)) => Some(
-                PidNamespace::create().map_err(|error| format!("cannot make a PID namespace: {error}"))?,
-            ),
-        };
-        let highest = pids.iter().copied().max().unwrap_or(1);
-        let restore = Restore::start(&config.criu, self.dir.path(), namespace, highest, options);
-        self.restore = Some(restore.map_err(|error| format!("cannot start criu restore: {error}"))?);
-        Ok(())
+    fn begin_restore(&mut self) -> Result<(), String> {
+        let images = self.dir.path().join(IMAGES);
+        let begun = self.restore.as_mut().map_or(Ok(()), |restore| restore.begin(&images));
+        begun.map_err(|error| format!("cannot begin the restore: {error}"))
     }
 
     /// Tells the keeper what whoever takes over has to know.

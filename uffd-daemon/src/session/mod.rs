@@ -12,6 +12,7 @@ mod images;
 mod lanes;
 mod precopy;
 mod settling;
+mod standby;
 
 pub use arrivals::{Arrivals, Door, door};
 pub use precopy::Prefill;
@@ -29,7 +30,6 @@ use host::progress::Progress;
 use host::report::{Outcome, Recorder, Report, TaskReport};
 use host::state_dir::StateDir;
 use host::waiting;
-use host::workdir::WorkDir;
 use protocol::link::{ControlChannel, ControlError, Stream};
 use protocol::wire::control::{Control, Offer};
 use protocol::wire::hello::{Hello, SessionId, SessionSecret};
@@ -42,6 +42,10 @@ use crate::takeover::Taken;
 
 use arrivals::{Gathered, Lanes};
 use brought_up::{BroughtUp, Images};
+use standby::Standby;
+
+/// Where images are received, below the working directory.
+const IMAGES: &str = "images";
 
 /// What every session of a daemon has in common.
 #[derive(Clone, Debug)]
@@ -198,6 +202,7 @@ impl Session {
     /// Everything up to the switchover; whatever fails here leaves nothing behind.
     fn bring_up(&mut self, offer: &Offer, switchover: &mut Switchover) -> Result<BroughtUp, String> {
         let mut lanes = self.wait_for_lanes()?;
+        let standby = Standby::start(&self.config, &offer.pids, self.restore_options(offer))?;
         let mut cache = None;
         if offer.precopy_pages > 0 {
             // One thread copies, over the first.
@@ -205,21 +210,13 @@ impl Session {
             lanes.pushes.push(lane);
             cache = Some(kept);
         }
-        let dir = WorkDir::create(self.config.work_dir.as_deref(), "postcopy-destination")
-            .map_err(|error| format!("cannot make a working directory: {error}"))?;
-        let dumped = self.receive_images(dir.path())?;
+        let dumped = self.receive_images(&standby.dir().join(IMAGES))?;
         let frozen_at = Instant::now().checked_sub(Duration::from_micros(dumped.frozen_us));
         let precopied = self.receive_clean(&dumped, cache)?;
         self.recorder.phase("restore");
         self.config.hooks.run(HookPhase::PreRestore).map_err(|error| error.to_string())?;
-        let mut options = self.config.criu_options.clone();
-        for option in offer.criu_options.iter().filter(|option| SHARED_OPTIONS.contains(&option.as_str())) {
-            if !options.iter().any(|have| have == option.as_str()) {
-                options.push(option.into());
-            }
-        }
-        let images = Images { dir, lazy_pages: dumped.lazy_pages, precopied };
-        let mut brought_up = BroughtUp::start(&self.config, images, &options, lanes)?;
+        let images = Images { lazy_pages: dumped.lazy_pages, precopied };
+        let mut brought_up = BroughtUp::start(&self.config, standby, images, lanes)?;
         brought_up.frozen_at = frozen_at;
         let tasks = brought_up.map.tasks().iter();
         let tasks = tasks.map(|task| TaskReport { pid: task.id.0, lazy_pages: task.pages }).collect();
@@ -233,6 +230,16 @@ impl Session {
                 Err(reason)
             }
         }
+    }
+
+    fn restore_options(&self, offer: &Offer) -> Vec<OsString> {
+        let mut options = self.config.criu_options.clone();
+        for option in offer.criu_options.iter().filter(|option| SHARED_OPTIONS.contains(&option.as_str())) {
+            if !options.iter().any(|have| have == option.as_str()) {
+                options.push(option.into());
+            }
+        }
+        options
     }
 
     fn wait_for_lanes(&mut self) -> Result<Lanes<Stream>, String> {
@@ -249,7 +256,7 @@ impl Session {
     }
 
     fn receive_images(&mut self, dir: &std::path::Path) -> Result<protocol::wire::control::Dumped, String> {
-        let mut images = images::ImageWriter::new(&dir.join("images")).map_err(|error| error.to_string())?;
+        let mut images = images::ImageWriter::new(dir).map_err(|error| error.to_string())?;
         let mut shipping = false;
         loop {
             // The freeze and the hooks before it take as long as they take.
