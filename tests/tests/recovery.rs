@@ -222,6 +222,8 @@ fn an_interrupt_ends_a_pause_and_what_is_kept_stays() {
         let mut stamp = Stamp::start(&busy(&site));
         let (under_way, line) = over_proxy(&site, &slow_push(Plan::new()), &stamp);
         wait_working(&under_way, &mut stamp);
+        // Until then the source's tasks keep the pages.
+        tests::site::assert_ends(stamp.pid(), STEP);
         line.set_down(true);
         let tools = [&under_way.source.tool, &under_way.destination.tool];
         tools.iter().for_each(|tool| drop(tool.wait_line("paused: ", STEP)));
