@@ -45,7 +45,9 @@ enum End {
     RolledBack,
     /// The tasks stand still at the source and nowhere else. Another source knows that they may run.
     Undone,
-    /// As above, but only the operator knows.
+    /// A daemon that listens there again says that nothing has run, and the source rolls back.
+    Denied,
+    /// The tasks stand still at the source and nowhere else; only the operator knows.
     LetRun,
     /// Another daemon goes on, and the move is released.
     TakenOver,
@@ -61,6 +63,7 @@ impl fmt::Display for End {
             Self::Released => "released",
             Self::RolledBack => "rolled back",
             Self::Undone => "stands still at the source, `resume` rolls back",
+            Self::Denied => "rolled back as soon as a daemon listens again",
             Self::LetRun => "stands still at the source, `resume --destination-is-clean` rolls back",
             Self::TakenOver => "paused, `takeover`, released",
             Self::Resumed => "paused, `resume`, released",
@@ -78,9 +81,9 @@ impl Victim {
         };
         match (self, when) {
             (Self::Daemon, SourceDone) | (Self::Source, DestinationDone) => &[],
-            // Whether the source hears of the end first, or is told to commit: then only a daemon would know that nothing ran.
-            (Self::Daemon, Prepared) => &[End::RolledBack, End::LetRun],
-            (Self::Daemon, CommitSent) => &[End::LetRun],
+            // Whether the source hears of the end first, or is told to commit: then the next daemon knows that nothing ran.
+            (Self::Daemon, Prepared) => &[End::RolledBack, End::Denied],
+            (Self::Daemon, CommitSent) => &[End::Denied],
             // CRIU finds nobody to hand over to, and kills what it was about to let run.
             (Self::Daemon, Committed) => &[End::LetRun],
             (Self::Daemon, when) if when < CommitSent => &[End::RolledBack],
@@ -171,7 +174,7 @@ impl Case {
     fn run(mut self) -> Option<End> {
         let ends = self.victim.ends(self.moment.when);
         // Long enough for whoever follows, and not longer than it takes where nobody can.
-        let follows = ends.iter().any(|end| matches!(end, End::TakenOver | End::Resumed));
+        let follows = ends.iter().any(|end| matches!(end, End::TakenOver | End::Resumed | End::Denied));
         let patience = if follows { "30" } else { "2" };
         let plan =
             Plan::new().source(["--give-up-after", patience]).destination(["--give-up-after", patience]);
@@ -202,6 +205,7 @@ impl Case {
             });
             follower
         });
+        let again = ends.contains(&End::Denied).then(|| self.serve_again(&stopped));
         stopped.go_on();
         if let Some(mut follower) = too_early {
             assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
@@ -211,9 +215,15 @@ impl Case {
             [end] => end,
             _ => self.which(&stopped),
         };
+        if let Some(mut daemon) = again {
+            eventually("the source's end", MOVE, || stopped.source.tool.has_ended().then_some(()));
+            daemon.signal(Signal::SIGTERM);
+            assert_eq!(daemon.wait(STEP), 0, "{}", daemon.last_lines());
+        }
         match end {
             End::Released => self.released(stopped),
             End::RolledBack => self.rolled_back(stopped),
+            End::Denied => self.rolled_back(stopped),
             End::Undone => self.undone(stopped),
             End::LetRun => self.let_run(stopped),
             End::TakenOver => self.taken_over(stopped),
@@ -228,6 +238,7 @@ impl Case {
         eventually("the source's end", MOVE, || stopped.source.tool.has_ended().then_some(()));
         let said = |words| stopped.source.tool.lines().iter().any(|line| line.contains(words));
         match () {
+            () if said("nothing of it is left there") => End::Denied,
             () if said("rolled back: the source runs on") => End::RolledBack,
             () if said("stay stopped with all their memory") => End::LetRun,
             () => End::Released,
@@ -326,6 +337,15 @@ impl Case {
         });
         self.continue_here(&source);
         self.runs_here();
+    }
+
+    /// A daemon in the place of the one that was killed, which takes over what can be.
+    fn serve_again(&self, stopped: &Stopped) -> Tool {
+        let mut command = Command::new(programs::program("uffd-daemon"));
+        command.args(["serve", "--listen", &stopped.destination.address]).arg("--state-dir").arg(&self.state);
+        let daemon = Tool::start("serve-again", command);
+        daemon.wait_line("listening on", STEP);
+        daemon
     }
 
     fn taken_over(self, stopped: Stopped) {

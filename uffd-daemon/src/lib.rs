@@ -39,5 +39,6 @@ pub mod serve;
 pub mod session;
 pub mod steering;
 pub mod takeover;
+pub mod tombstone;
 pub mod tree;
 pub mod upstream;

@@ -12,13 +12,15 @@ use std::time::Instant;
 use host::interrupt::Interrupt;
 use host::mailbox::{Post, mailbox};
 use host::report::Report;
+use host::state_dir::StateDir;
 use host::waiting;
 use protocol::link::{Accepted, ControlChannel, Endpoint, LinkError, Listener, Stream};
 use protocol::wire::hello::{Hello, Refusal, Role, SessionId, SessionSecret};
 
 use crate::limits;
-use crate::session::{Arrivals, Door, Session, SessionConfig, SessionError, door};
+use crate::session::{Arrivals, Door, Session, SessionConfig, SessionError, StateConfig, door};
 use crate::takeover::{self, Taken};
+use crate::tombstone;
 
 /// How a daemon serves.
 #[derive(Debug)]
@@ -54,6 +56,8 @@ struct Sessions {
     open: HashMap<SessionId, Entry>,
     /// Those of which nothing is left here, the latest last: a source that has missed it asks again.
     rolled_back: VecDeque<(SessionId, SessionSecret)>,
+    /// Where word of them is left.
+    dir: Option<StateDir>,
 }
 
 impl Sessions {
@@ -62,7 +66,10 @@ impl Sessions {
         let Some(Entry { secret, .. }) = self.open.remove(&session) else { return };
         if rolled_back {
             if self.rolled_back.len() >= limits::ROLLED_BACK_MAX {
-                self.rolled_back.pop_front();
+                let oldest = self.rolled_back.pop_front();
+                if let Some((dir, (session, _))) = self.dir.as_ref().zip(oldest) {
+                    let _ = tombstone::take_back(dir, session);
+                }
             }
             self.rolled_back.push_back((session, secret));
         }
@@ -137,6 +144,7 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
         registry: registry.clone(),
     });
     // Before anybody can dial: a source that is told that its session is unknown gives up.
+    context.remember(&endpoint);
     let adopted = context.adopt_orphans(&endpoint);
     if context.only_orphans && adopted == 0 {
         return Ok(0);
@@ -275,6 +283,17 @@ impl Context {
     fn forget(&self, hello: &Hello) {
         if hello.role == Role::Control && !hello.resumes() {
             lock(&self.registry).end(hello.session, false);
+        }
+    }
+
+    /// Learns of which moves whose daemon listened at `endpoint` nothing is here.
+    fn remember(&self, endpoint: &str) {
+        let Some(StateConfig { dir, .. }) = &self.session.state else { return };
+        let mut sessions = lock(&self.registry);
+        sessions.dir = Some(dir.clone());
+        match tombstone::find(dir, endpoint) {
+            Ok(found) => sessions.rolled_back.extend(found),
+            Err(error) => tracing::error!("cannot look for moves that never ran: {error}"),
         }
     }
 

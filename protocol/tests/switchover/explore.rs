@@ -16,8 +16,11 @@ pub(crate) fn violation(world: &World) -> Option<&'static str> {
     if runs(world.source_tasks) && runs(world.destination_tasks) {
         return Some("two copies run");
     }
-    if world.promised && runs(world.source_tasks) && !world.clean {
+    if world.promised && runs(world.source_tasks) && !world.clean && !world.denies {
         return Some("the source runs behind Commit although the destination has not said that it is clean");
+    }
+    if world.denies && runs(world.destination_tasks) {
+        return Some("a daemon says that nothing has run, and it runs");
     }
     if world.clean && world.destination_tasks != Tasks::Gone {
         return Some("the destination says that it is clean and is not");

@@ -89,6 +89,10 @@ pub(crate) struct World {
     pub(crate) promised: bool,
     /// The destination has said `RolledBack`.
     pub(crate) clean: bool,
+    /// Word is left at the destination that the tasks have not run, and will not.
+    never_ran: bool,
+    /// Another daemon listens in the place of one that was killed, and has found that word.
+    pub(crate) denies: bool,
     /// The source has freed what it had.
     pub(crate) freed: bool,
 }
@@ -116,6 +120,8 @@ impl World {
             down: false,
             promised: false,
             clean: false,
+            never_ran: false,
+            denies: false,
             freed: false,
         }
     }
@@ -248,8 +254,12 @@ impl World {
         let (next, action) = (rules.destination)(state, event);
         self.destination = Some(next);
         match action {
-            Action::SendPrepared => self.send_to_source(Message::Prepared),
+            Action::SendPrepared => {
+                self.never_ran = true;
+                self.send_to_source(Message::Prepared);
+            }
             Action::LetRun => {
+                self.never_ran = false;
                 if self.destination_tasks == Tasks::Held {
                     self.destination_tasks = Tasks::Running;
                 }

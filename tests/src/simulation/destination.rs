@@ -53,6 +53,8 @@ pub struct Host {
     pub keeper: Option<Keeper>,
     /// The tasks have been let run.
     pub has_run: bool,
+    /// Word is left that they have not, and will not.
+    pub never_ran: bool,
     /// They have everything and are left to themselves.
     pub finished: bool,
     /// How many programs have served them.
@@ -318,6 +320,7 @@ impl Destination {
                 }
                 self.begin_installing();
                 self.phase = Phase::Held(now + 60 * SECOND);
+                host.never_ran = true;
                 if self.switchover.step(Event::Held) == Action::SendPrepared {
                     self.control.send(&Control::Prepared);
                 }
@@ -419,6 +422,7 @@ impl Destination {
             if let Some(journal) = self.tree.as_ref().and_then(|tree| tree.journal()) {
                 journal.set_running();
             }
+            host.never_ran = self.defect == Some(Defect::DenyRunning);
             self.phase = Phase::Lifting(self.chance.now() + self.chance.between(10, 5 * MS));
         }
         true

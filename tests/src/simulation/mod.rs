@@ -83,16 +83,19 @@ pub enum Defect {
     FreeUnacknowledged,
     /// The destination does not wait for `Commit`.
     RunUncommitted,
+    /// A daemon that follows one says that the tasks never ran, although that one has let them.
+    DenyRunning,
 }
 
 /// All of them.
-pub const DEFECTS: [Defect; 6] = [
+pub const DEFECTS: [Defect; 7] = [
     Defect::ForgetWakes,
     Defect::ReplayInstalled,
     Defect::SkipStale,
     Defect::ForgetChanges,
     Defect::FreeUnacknowledged,
     Defect::RunUncommitted,
+    Defect::DenyRunning,
 ];
 
 /// The move of a seed.

@@ -405,6 +405,12 @@ impl World {
         if self.chance.now() < self.operator_at {
             return false;
         }
+        if self.destination.is_none() && self.destination_host.never_ran && self.net.door == Door::Closed {
+            self.operator_at = self.chance.now() + self.chance.between(MS, SECOND);
+            self.net.door = Door::RolledBack;
+            self.note("uffd-daemon serve");
+            return true;
+        }
         if self.daemon_can_be_followed() {
             self.operator_at = self.chance.now() + self.chance.between(MS, SECOND);
             let (_, there) = Connections::make(&self.chance);
@@ -441,7 +447,6 @@ impl World {
     fn source_can_be_followed(&self) -> bool {
         let host = &self.source_host;
         let wanted = self.destination_host.keeper.is_some();
-        let torn_down = |daemon: &Destination| daemon.ending() == Some(DestinationEnding::TearDown);
         match host.tasks {
             _ if host.released => false,
             Tasks::Running => false,
@@ -449,7 +454,7 @@ impl World {
             // One that was killed has asked nobody yet; of others it makes sense while somebody there can answer.
             Tasks::Stopped => {
                 let answers = wanted && self.destination_host.has_run;
-                self.source.is_none() || answers || self.destination.as_ref().is_some_and(torn_down)
+                self.source.is_none() || answers || self.net.door == Door::RolledBack
             }
         }
     }

@@ -39,6 +39,7 @@ use crate::limits;
 use crate::preflight;
 use crate::restore::PidPlace;
 use crate::takeover::Taken;
+use crate::tombstone;
 
 use arrivals::{Gathered, Lanes};
 use brought_up::{BroughtUp, Images};
@@ -314,6 +315,10 @@ impl Session {
         brought_up.wait_held(&self.control, &self.interrupt)?;
         self.prefill(brought_up)?;
         self.config.hooks.run(HookPhase::PostRestore).map_err(|error| error.to_string())?;
+        if let Some(state) = &self.config.state {
+            tombstone::leave(state)
+                .map_err(|error| format!("cannot leave word that the tasks have not run: {error}"))?;
+        }
         if switchover.step(Event::Held) == Action::SendPrepared {
             self.control.send(&Control::Prepared).map_err(|error| format!("lost the source: {error}"))?;
         }

@@ -21,10 +21,10 @@ use protocol::wire::switchover::destination::{Action, Ending, Event, Switchover}
 
 use super::arrivals::Gathered;
 use super::brought_up::{BroughtUp, Failure};
-use super::{LANE_PATIENCE, Session, SessionError};
+use super::{LANE_PATIENCE, Session, SessionError, StateConfig};
 use crate::fault::Notice;
 use crate::takeover::Taken;
-use crate::{latency, limits};
+use crate::{latency, limits, tombstone};
 
 /// How a pause ends well.
 enum Resumed {
@@ -76,6 +76,13 @@ impl Session {
         match switchover.step(event) {
             Action::End(Ending::TearDown) => {
                 brought_up.tear_down();
+                // Taken back before; the source may ask the next daemon.
+                match self.config.state.as_ref().map(tombstone::leave) {
+                    Some(Err(error)) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                        tracing::error!("cannot leave word that the tasks have not run: {error}");
+                    }
+                    _ => {}
+                }
                 return Err(self.rolled_back(reason));
             }
             // The source must know, although it will not resume.
@@ -95,6 +102,12 @@ impl Session {
         brought_up: &mut BroughtUp,
         switchover: &mut Switchover,
     ) -> Result<(Instant, Result<(), Failure>), Failure> {
+        if let Some(StateConfig { dir, session: Some((session, _)), .. }) = &self.config.state {
+            tombstone::take_back(dir, *session).map_err(|error| {
+                let reason = format!("cannot take back that the tasks have not run: {error}");
+                Failure { reason, event: Event::NeverRan }
+            })?;
+        }
         let running_at = brought_up.run()?;
         if let Some(frozen_at) = brought_up.frozen_at {
             let blackout = running_at.saturating_duration_since(frozen_at);

@@ -125,8 +125,8 @@ impl World {
     fn resume_steps(&self, rules: Rules, steps: &mut Vec<Step>) {
         use destination::State;
         let knows = self.destination_open();
-        // A program that has torn down says so as long as it is there.
-        let remembers = self.destination == Some(State::Ended(destination::Ending::TearDown));
+        // A program that has torn down says so as long as it is there, and the next one that finds word of it.
+        let remembers = self.destination == Some(State::Ended(destination::Ending::TearDown)) || self.denies;
         let refused = !self.down && knows.is_none();
         self.step(
             steps,
@@ -303,6 +303,8 @@ impl World {
             "uffd-daemon is killed",
             Self::kill_destination,
         );
+        let denies = self.destination.is_none() && self.never_ran && !self.denies;
+        self.step(steps, denies, Kind::Fault, "uffd-daemon serve, again", |world| world.denies = true);
         self.step(steps, self.fenced && self.dump_serves, Kind::Fault, "criu dump is killed", |world| {
             // The SIGSTOP that was pending behind its ptrace takes effect: nothing runs.
             world.dump_serves = false;
