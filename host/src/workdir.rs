@@ -60,6 +60,27 @@ impl WorkDir {
     }
 }
 
+/// Removes a file or a socket, if it is there.
+///
+/// # Errors
+/// The errno of `unlink(2)`.
+pub fn remove_if_there(path: &Path) -> io::Result<()> {
+    gone(std::fs::remove_file(path))
+}
+
+/// Makes a directory, in place of what an earlier try has left.
+///
+/// # Errors
+/// What the file system says.
+pub fn fresh_dir(path: &Path) -> io::Result<()> {
+    gone(std::fs::remove_dir_all(path))?;
+    std::fs::create_dir_all(path)
+}
+
+fn gone(removed: io::Result<()>) -> io::Result<()> {
+    removed.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
 fn in_memory() -> PathBuf {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
     for dir in ["/dev/shm", "/run"] {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use host::criu::{Criu, Running};
 use host::waiting;
+use host::workdir::fresh_dir;
 use kernel::spawn::CommandSetup;
 use nix::sys::socket::{setsockopt, sockopt};
 use protocol::criu::page_server::{Command as PageCommand, Header, MAX_HEADER_LEN};
@@ -70,10 +71,7 @@ impl Dump {
 
     fn try_start(criu: &Criu, root: u32, dir: &Path, options: &[OsString]) -> io::Result<Self> {
         let images = dir.join("images");
-        match fs::remove_dir_all(&images) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => fs::create_dir_all(&images)?,
-        }
+        fresh_dir(&images)?;
         let (server, theirs) = UnixStream::pair()?;
         for socket in [&server, &theirs] {
             // Beyond the system's limit where we may; a smaller buffer is only slower.

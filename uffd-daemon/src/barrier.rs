@@ -15,6 +15,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use host::workdir::remove_if_there;
+
 /// Set by CRIU: the phase.
 const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 /// Set by us: the daemon's socket.
@@ -61,10 +63,7 @@ impl Barrier {
     /// The errno of `bind(2)`.
     pub fn new(dir: &Path) -> io::Result<Self> {
         let path = dir.join("barrier.socket");
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_if_there(&path)?;
         Ok(Self { listener: UnixListener::bind(&path)?, path, held: None })
     }
 

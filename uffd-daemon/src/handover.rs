@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use host::waiting;
+use host::workdir::remove_if_there;
 use kernel::fds;
 use protocol::criu::handover::{Event, Handover, HandoverError};
 use protocol::units::TaskId;
@@ -51,10 +52,7 @@ impl HandoverSocket {
     /// The errno of `bind(2)`.
     pub fn bind(dir: &Path) -> io::Result<Self> {
         let path = dir.join(SOCKET_NAME);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        remove_if_there(&path)?;
         // A socket address holds 108 bytes; through a descriptor of the directory any path fits.
         let dir = File::open(dir)?;
         let short = format!("/proc/self/fd/{}/{SOCKET_NAME}", dir.as_raw_fd());

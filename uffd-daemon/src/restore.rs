@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use host::criu::{self, Criu, Running};
 use host::waiting;
+use host::workdir::fresh_dir;
 use kernel::pidfd::PidFd;
 use kernel::spawn::CommandSetup;
 
@@ -83,10 +84,7 @@ impl Restore {
         options: &[OsString],
     ) -> io::Result<Self> {
         let images = dir.join(CRIUS_IMAGES);
-        match fs::remove_dir_all(&images) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => fs::create_dir(&images)?,
-        }
+        fresh_dir(&images)?;
         // Other than a FIFO, a pipe can be opened without somebody at its other end.
         symlink("/proc/self/fd/0", images.join(FIRST_IMAGE))?;
         let barrier = Barrier::new(dir)?;

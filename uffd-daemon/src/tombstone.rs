@@ -16,6 +16,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
 use host::state_dir::StateDir;
+use host::workdir::remove_if_there;
 use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
@@ -52,10 +53,7 @@ pub fn leave(state: &StateConfig) -> io::Result<()> {
 /// # Errors
 /// The errno of removing it: it stands then.
 pub fn take_back(dir: &StateDir, session: SessionId) -> io::Result<()> {
-    match fs::remove_file(dir.file(session, KIND)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    remove_if_there(&dir.file(session, KIND))
 }
 
 /// What daemons that listened at `listen` have left, the oldest first; what is too old or too much is removed.
