@@ -243,6 +243,13 @@ pub fn complaint(log: &Path) -> String {
     lines[skip..].join("; ")
 }
 
+/// Whether the log of a restore says that it has failed: CRIU has killed what it had restored then.
+#[must_use]
+pub fn has_failed(log: &Path) -> bool {
+    // The same in all of its versions, and the last that it logs.
+    std::fs::read(log).is_ok_and(|text| String::from_utf8_lossy(&text).contains("Restoring FAILED"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

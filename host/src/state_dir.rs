@@ -1,8 +1,8 @@
 //! A directory in which a program leaves what its successor needs: only its owner may enter it.
 
-use std::fs::{self, DirBuilder};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use protocol::wire::hello::SessionId;
@@ -80,6 +80,17 @@ impl StateDir {
     }
 }
 
+/// Writes a file that only its owner may read; it is whole, or as it was.
+///
+/// # Errors
+/// The errno of writing it.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(bytes)?;
+    fs::rename(&new, path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +122,16 @@ mod tests {
         assert!(StateDir::open(&file).is_err());
         std::os::unix::fs::symlink(&path, place.path().join("link")).unwrap();
         assert!(StateDir::open(&place.path().join("link")).is_err());
+    }
+    #[test]
+    fn a_file_is_written_in_place_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("session.kind");
+        for text in ["the first, and longer", "the second"] {
+            write_whole(&path, text.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -14,14 +14,14 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use host::state_dir::StateDir;
+use host::state_dir::{StateDir, write_whole};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::holder::fork_holder;
@@ -180,10 +180,7 @@ impl Description {
     }
 
     fn write(&self, path: &Path) -> io::Result<()> {
-        let new = path.with_extension("new");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        fs::rename(&new, path)
+        write_whole(path, &serde_json::to_vec(self)?)
     }
 
     /// Whether the pages are still where it says.

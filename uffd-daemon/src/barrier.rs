@@ -5,8 +5,8 @@
 //! itself (a path that can be executed, whatever the working directory is mounted with), told by its
 //! environment where the daemon listens. A daemon that dies closes the connection: the script fails.
 //!
-//! That the tasks run is also left as a file beside the socket: a daemon that dies behind the barrier does not hear it, and
-//! whoever takes over has to know.
+//! How it goes on is also left as files beside the socket: a daemon that dies behind the barrier does not hear it, and
+//! whoever follows has to [know](word).
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,6 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use host::criu;
 use host::workdir::remove_if_there;
 
 /// Set by CRIU: the phase.
@@ -23,19 +24,33 @@ const ACTION: &str = "CRTOOLS_SCRIPT_ACTION";
 pub const SOCKET: &str = "POSTCOPY_BARRIER";
 
 const HELD: u8 = b'h';
-const RESUMING: u8 = b'f';
 const RESUMED: u8 = b'r';
 const RUN: u8 = b'g';
 
+/// Name of CRIU's log, beside the socket.
+pub const LOG: &str = "restore.log";
+/// Name of the file that says that CRIU has only to let the tasks go.
+const RESUMING_MARK: &str = "resuming";
 /// Name of the file that says that the tasks run.
-const MARK: &str = "resumed";
+const RESUMED_MARK: &str = "resumed";
 
 /// What CRIU reports through its script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Report {
     /// Restored, and held.
     Held,
-    /// All is done but for letting the tasks go; should CRIU die now, the kernel does that.
+    /// The tasks run.
+    Resumed,
+}
+
+/// What a CRIU whose barrier was lifted has left word of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Nothing: it is at work, or was killed.
+    None,
+    /// It has failed, and killed what it had restored before any of it ran.
+    Failed,
+    /// All is done but for letting the tasks go; should CRIU be killed, the kernel does that.
     Resuming,
     /// The tasks run.
     Resumed,
@@ -86,7 +101,6 @@ impl Barrier {
                 self.held = Some(script);
                 Some(Report::Held)
             }
-            RESUMING => Some(Report::Resuming),
             RESUMED => Some(Report::Resumed),
             _ => None,
         })
@@ -113,21 +127,32 @@ pub fn play_script() -> Option<ExitCode> {
     let (socket, action) = (std::env::var_os(SOCKET)?, std::env::var(ACTION).ok()?);
     let result = match action.as_str() {
         "post-restore" => hold(Path::new(&socket)),
-        "pre-resume" => UnixStream::connect(socket).and_then(|mut socket| socket.write_all(&[RESUMING])),
+        "pre-resume" => mark(Path::new(&socket), RESUMING_MARK),
         "post-resume" => resumed(Path::new(&socket)),
         _ => Ok(()),
     };
     Some(if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Whether the tasks whose barrier was in `dir` have run.
+/// What the CRIU has left word of whose barrier and log are in `dir`.
 #[must_use]
-pub fn have_run(dir: &Path) -> bool {
-    dir.join(MARK).exists()
+pub fn word(dir: &Path) -> Word {
+    // Looked at first: it is the last that CRIU writes, so that marks which were left are there by then.
+    let failed = criu::has_failed(&dir.join(LOG));
+    match () {
+        () if dir.join(RESUMED_MARK).exists() => Word::Resumed,
+        () if dir.join(RESUMING_MARK).exists() => Word::Resuming,
+        () if failed => Word::Failed,
+        () => Word::None,
+    }
+}
+
+fn mark(socket: &Path, name: &str) -> io::Result<()> {
+    fs::write(socket.with_file_name(name), [])
 }
 
 fn resumed(socket: &Path) -> io::Result<()> {
-    fs::write(socket.with_file_name(MARK), [])?;
+    mark(socket, RESUMED_MARK)?;
     UnixStream::connect(socket)?.write_all(&[RESUMED])
 }
 
@@ -156,17 +181,21 @@ mod tests {
     }
 
     #[test]
-    fn that_the_tasks_run_is_left_for_others() {
+    fn how_it_goes_on_is_left_for_others() {
         let dir = tempfile::tempdir().unwrap();
         let mut barrier = Barrier::new(dir.path()).unwrap();
-        assert!(!have_run(dir.path()));
+        assert_eq!(word(dir.path()), Word::None);
+        fs::write(dir.path().join(LOG), "(00.1) Error (criu/cr-restore.c:1): Restoring FAILED.\n").unwrap();
+        assert_eq!(word(dir.path()), Word::Failed);
+        mark(barrier.path(), RESUMING_MARK).unwrap();
+        assert_eq!(word(dir.path()), Word::Resuming, "what has begun to run is not undone");
         resumed(barrier.path()).unwrap();
         assert_eq!(barrier.report().unwrap(), Some(Report::Resumed));
         let path = barrier.path().to_owned();
         drop(barrier);
-        fs::remove_file(dir.path().join(MARK)).unwrap();
+        fs::remove_file(dir.path().join(RESUMED_MARK)).unwrap();
         assert!(resumed(&path).is_err(), "nobody listens");
-        assert!(have_run(dir.path()));
+        assert_eq!(word(dir.path()), Word::Resumed);
     }
 
     #[test]

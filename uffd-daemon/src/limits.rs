@@ -68,6 +68,11 @@ pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
 pub const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long CRIU may take from the lifted barrier to running tasks, as seen by a daemon that takes over.
 pub const RESUME_PATIENCE: Duration = Duration::from_secs(10);
+/// How often it looks.
+pub const WORD_LOOK: Duration = Duration::from_millis(20);
+/// How long a tree that a killed CRIU may have let go of is looked at: what it was about to change in a task ends that
+/// task at once.
+pub const LET_GO_PATIENCE: Duration = Duration::from_millis(500);
 /// How often an idle fault loop looks whether its tasks are still there.
 pub const LIVENESS_INTERVAL: Duration = Duration::from_millis(500);
 /// Background bytes that may be on their way from a CRIU page server (one connection for everything):

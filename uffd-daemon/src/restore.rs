@@ -88,7 +88,7 @@ impl Restore {
         // Other than a FIFO, a pipe can be opened without somebody at its other end.
         symlink("/proc/self/fd/0", images.join(FIRST_IMAGE))?;
         let barrier = Barrier::new(dir)?;
-        let log = dir.join("restore.log");
+        let log = dir.join(barrier::LOG);
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let mut args = vec!["restore".to_owned(), "--images-dir".into(), text(&images)];
         args.extend(["--work-dir".to_owned(), text(dir), "--log-file".into(), text(&log)]);

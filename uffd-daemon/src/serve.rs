@@ -144,8 +144,8 @@ pub fn serve(mut config: ServeConfig) -> Result<u8, ServeError> {
         registry: registry.clone(),
     });
     // Before anybody can dial: a source that is told that its session is unknown gives up.
-    context.remember(&endpoint);
     let adopted = context.adopt_orphans(&endpoint);
+    context.remember(&endpoint);
     if context.only_orphans && adopted == 0 {
         return Ok(0);
     }

@@ -19,7 +19,7 @@ use protocol::units::{ImageAddr, PageRun, TaskAddr, TaskId};
 use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
-use crate::barrier;
+use crate::barrier::{self, Word};
 use crate::journal::{Change, Entry, Journal};
 use crate::keeper::{Info, KeeperHandle, Owner, Stranger};
 use crate::limits;
@@ -128,9 +128,9 @@ pub enum TakeoverError {
     #[error("a daemon serves this move: end it first")]
     Attended,
     /// The daemon ended before the tasks ran: CRIU kills what it restored.
-    #[error("its tasks never ran here: the source rolls back")]
+    #[error("its tasks never ran here: the source rolls back, once `uffd-daemon serve` listens there again")]
     NeverRan,
-    /// The daemon ended while CRIU was to let the tasks run, and CRIU has not said that it did.
+    /// The daemon ended while CRIU was to let the tasks run, and CRIU was killed as well.
     #[error(
         "its tasks were about to run when its daemon ended, and criu has not said that they did: if they are gone, let those of the \
          source run; if they are there, decide which copy counts"
@@ -219,9 +219,7 @@ impl Found {
         // and must not be taken for some that need no page any more.
         let held: Vec<(Owner, Uffd)> =
             held.into_iter().map(|(owner, uffd)| (owner, Uffd::from(uffd))).collect();
-        if !wait_run(&journal, &description.work_dir, &held) {
-            return Err(TakeoverError::Unknown);
-        }
+        wait_run(&journal, &description.work_dir, &held)?;
         let spaces = held.into_iter().filter(|(owner, _)| *owner != Owner::NOBODY);
         let spaces =
             spaces.map(|(owner, uffd)| ((owner.family as usize, owner.space), Arc::new(uffd))).collect();
@@ -312,23 +310,27 @@ pub fn wake_all<I: Installer>(served: &[ServedSpace<I>]) {
     }
 }
 
-/// Whether the tasks run, or have run until they ended, for which CRIU may need a moment; the word of a daemon that saw
-/// it, or of CRIU itself.
-fn wait_run(journal: &Journal, dir: &Path, held: &[(Owner, Uffd)]) -> bool {
-    const LOOK: Duration = Duration::from_millis(20);
-    let deadline = Instant::now() + limits::RESUME_PATIENCE;
+/// Waits until the tasks run, or have run until they ended, for which CRIU may need a moment; on the word of a daemon that
+/// saw it, or of CRIU itself.
+fn wait_run(journal: &Journal, dir: &Path, held: &[(Owner, Uffd)]) -> Result<(), TakeoverError> {
+    let mut deadline = Instant::now() + limits::RESUME_PATIENCE;
     while !journal.has_run() {
-        // Before CRIU's word is looked for: it is there if they ended by themselves.
+        // Looked at before CRIU's word, which is there if they ended by themselves; that it has failed may take a moment more.
         let ended = held.iter().all(|(_, uffd)| uffd.is_orphaned());
-        if barrier::have_run(dir) {
-            journal.set_run();
-        } else if ended || Instant::now() > deadline {
-            return false;
-        } else {
-            std::thread::sleep(LOOK);
+        if ended {
+            deadline = deadline.min(Instant::now() + limits::REASON_PATIENCE);
+        }
+        let late = Instant::now() > deadline;
+        match barrier::word(dir) {
+            Word::Resumed => journal.set_run(),
+            // CRIU was killed: the kernel has let them go.
+            Word::Resuming if late && !ended => journal.set_run(),
+            Word::Failed => return Err(TakeoverError::NeverRan),
+            Word::Resuming | Word::None if late => return Err(TakeoverError::Unknown),
+            Word::Resuming | Word::None => std::thread::sleep(limits::WORD_LOOK),
         }
     }
-    true
+    Ok(())
 }
 
 /// Does again to the address spaces what the tasks did to them. The keeper has the userfaultfds of tasks that have

@@ -2,24 +2,27 @@
 //!
 //! A source that has sent `Commit` and hears no more does not know whether its tasks run here. A daemon that has rolled back
 //! says that they never did; one that is killed before it lets them run cannot. So it leaves word before it says `Prepared`,
-//! and takes it back before it lifts the barrier:
+//! adds before it lifts the barrier that CRIU has the last word, and takes it back once the tasks run:
 //!
 //! ```text
-//!   leave ─▶ Prepared ─▶ ◀─ Commit ─ take back ─▶ lift the barrier ─▶ the tasks run
-//!   └────── killed here, CRIU kills what it has restored ──────┘
+//!   leave ─▶ Prepared ─▶ ◀─ Commit ─ lift ─▶ the barrier is lifted ─▶ CRIU marks that it resumes ─▶ the tasks run ─▶ take back
+//!   └─ killed here, CRIU kills what  ─┘      └─ killed here, CRIU does that and says ─┘
+//!      it has restored                          so in its log, or the tasks run
 //! ```
 //!
 //! A `serve` that is started again at the same address answers for it.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use host::state_dir::StateDir;
+use host::state_dir::{StateDir, write_whole};
 use host::workdir::remove_if_there;
 use protocol::wire::hello::{SessionId, SessionSecret};
 use serde::{Deserialize, Serialize};
 
+use crate::barrier;
 use crate::limits;
 use crate::session::StateConfig;
 
@@ -34,6 +37,8 @@ struct Word {
     listen: String,
     /// Which start of this host: a file system that came back may have kept what was taken back.
     boot: String,
+    /// Where CRIU says how it has gone on, if the barrier was to be lifted.
+    lifted: Option<PathBuf>,
 }
 
 /// Leaves it.
@@ -41,11 +46,22 @@ struct Word {
 /// # Errors
 /// The errno of writing it.
 pub fn leave(state: &StateConfig) -> io::Result<()> {
+    write(state, None)
+}
+
+/// Says that from here on it is as CRIU says whose barrier is in `dir`.
+///
+/// # Errors
+/// The errno of writing it: it stands as it was then.
+pub fn lift(state: &StateConfig, dir: &Path) -> io::Result<()> {
+    write(state, Some(dir.to_owned()))
+}
+
+fn write(state: &StateConfig, lifted: Option<PathBuf>) -> io::Result<()> {
     let Some((session, secret)) = state.session else { return Ok(()) };
-    let word = Word { session: session.0, secret: secret.0, listen: state.listen.clone(), boot: boot()? };
-    let path = state.dir.file(session, KIND);
-    let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-    Ok(serde_json::to_writer(&file, &word)?)
+    let (listen, boot) = (state.listen.clone(), boot()?);
+    let word = Word { session: session.0, secret: secret.0, listen, boot, lifted };
+    write_whole(&state.dir.file(session, KIND), &serde_json::to_vec(&word)?)
 }
 
 /// Takes it back, if it was left.
@@ -56,12 +72,14 @@ pub fn take_back(dir: &StateDir, session: SessionId) -> io::Result<()> {
     remove_if_there(&dir.file(session, KIND))
 }
 
-/// What daemons that listened at `listen` have left, the oldest first; what is too old or too much is removed.
+/// What daemons that listened at `listen` have left, the oldest first; what is too old or too much is removed. A CRIU that was
+/// let go on is waited for.
 ///
 /// # Errors
 /// The errno of reading the directory.
 pub fn find(dir: &StateDir, listen: &str) -> io::Result<Vec<(SessionId, SessionSecret)>> {
     let boot = boot()?;
+    let deadline = Instant::now() + limits::RESUME_PATIENCE;
     let mut found = Vec::new();
     for path in dir.files(KIND)? {
         let read = || -> io::Result<_> {
@@ -70,8 +88,8 @@ pub fn find(dir: &StateDir, listen: &str) -> io::Result<Vec<(SessionId, SessionS
         };
         match read() {
             Ok((_, word)) if word.boot == boot && word.listen != listen => {}
-            Ok((since, word)) if word.boot == boot => found.push((since, word, path)),
-            // Of another start; or its daemon was killed before it was whole, and has not said `Prepared`.
+            Ok((since, word)) if word.boot == boot && word.stands(deadline) => found.push((since, word, path)),
+            // Of another start, or nobody can say so any more.
             _ => drop(fs::remove_file(&path)),
         }
     }
@@ -79,6 +97,23 @@ pub fn find(dir: &StateDir, listen: &str) -> io::Result<Vec<(SessionId, SessionS
     let too_many = found.len().saturating_sub(limits::ROLLED_BACK_MAX);
     found.drain(..too_many).for_each(|(.., path)| drop(fs::remove_file(path)));
     Ok(found.into_iter().map(|(_, word, _)| (SessionId(word.session), SessionSecret(word.secret))).collect())
+}
+
+impl Word {
+    /// Whether nothing has run; a CRIU that was let go on has to say so, and may until then.
+    fn stands(&self, deadline: Instant) -> bool {
+        let Some(dir) = &self.lifted else { return true };
+        loop {
+            match barrier::word(dir) {
+                barrier::Word::Failed => return true,
+                barrier::Word::None if dir.exists() && Instant::now() < deadline => {
+                    std::thread::sleep(limits::WORD_LOOK);
+                }
+                // Somebody has removed it, or it was killed as well: that it has not run is not known.
+                _ => return false,
+            }
+        }
+    }
 }
 
 fn boot() -> io::Result<String> {
@@ -101,7 +136,6 @@ mod tests {
         for (number, listen) in [(1, "a:1"), (2, "a:1"), (3, "a:2")] {
             leave(&state(&dir, number, listen)).unwrap();
         }
-        assert!(leave(&state(&dir, 1, "a:1")).is_err(), "a session is used once");
         take_back(&dir, SessionId([1; 16])).unwrap();
         take_back(&dir, SessionId([1; 16])).unwrap();
         assert_eq!(find(&dir, "a:1").unwrap(), [(SessionId([2; 16]), SessionSecret([102; 16]))]);
@@ -123,5 +157,42 @@ mod tests {
             assert!(find(&dir, "a:1").unwrap().is_empty());
             assert!(!path.exists());
         }
+    }
+    #[test]
+    fn behind_the_barrier_criu_has_the_last_word() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(&place.path().join("state")).unwrap();
+        let state = state(&dir, 1, "a:1");
+        let work = |name: &str| {
+            let path = place.path().join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        };
+        let (failed, resumed) = (work("failed"), work("resumed"));
+        for path in [&failed, &resumed] {
+            fs::write(path.join(barrier::LOG), "Error (criu/cr-restore.c:1): Restoring FAILED.\n").unwrap();
+        }
+        fs::write(resumed.join("resumed"), "").unwrap();
+        for (path, stands) in [(failed, true), (resumed, false), (place.path().join("removed"), false)] {
+            leave(&state).unwrap();
+            lift(&state, &path).unwrap();
+            assert_eq!(find(&dir, "a:1").unwrap().len(), usize::from(stands), "{path:?}");
+            assert_eq!(dir.file(SessionId([1; 16]), KIND).exists(), stands);
+        }
+    }
+
+    #[test]
+    fn a_criu_that_is_still_at_work_is_waited_for() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(&place.path().join("state")).unwrap();
+        let work = place.path().join("work");
+        fs::create_dir(&work).unwrap();
+        lift(&state(&dir, 1, "a:1"), &work).unwrap();
+        let follower = std::thread::spawn({
+            let dir = dir.clone();
+            move || find(&dir, "a:1").unwrap()
+        });
+        fs::write(work.join(barrier::LOG), "Restoring FAILED").unwrap();
+        assert_eq!(follower.join().unwrap().len(), 1);
     }
 }

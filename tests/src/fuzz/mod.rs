@@ -4,12 +4,12 @@
 //!   fuzz/corpus/TARGET/*  ──▶ target(bytes)   as it is, and mutated from a seed
 //!        ▲                       │ no panic, no memory above its bound, what is encoded again is the same
 //!   seeds: made by our encoders  ▼
-//!                             fuzz/artifacts/TARGET/*  what failed
+//!   found: by coverage       fuzz/artifacts/*     what failed
 //! ```
 //!
-//! The targets run in three places: the test `hostile_input` replays the corpus and a fixed number of mutations, the
-//! program `fuzz` mutates for as long as one likes, and the package in `fuzz/` gives them to libFuzzer. What fails is
-//! put into the corpus and stays there.
+//! The targets run in two places: the test `hostile_input` replays the corpus and a fixed number of mutations, and the
+//! package in `fuzz/` gives them to libFuzzer, a program for each group (`scripts/fuzz`). What fails is put into the corpus
+//! and stays there.
 
 pub mod corpus;
 pub mod criu;
@@ -44,39 +44,99 @@ const fn slow_target(name: &'static str, run: fn(&[u8])) -> Target {
     Target { name, run, mutations: 400 }
 }
 
-/// All targets.
-pub const TARGETS: &[Target] = &[
-    target("hello", wire::fuzz_hello),
-    target("frames", wire::fuzz_frames),
-    target("acknowledgement", wire::fuzz_acknowledgement),
-    target("control", wire::fuzz_control),
-    target("precopy", wire::fuzz_precopy),
-    target("page_server", criu::fuzz_page_server),
-    target("handover", criu::fuzz_handover),
-    target("criu_version", criu::fuzz_criu_version),
-    target("inventory", images::fuzz_inventory),
-    target("pstree", images::fuzz_pstree),
-    target("core", images::fuzz_core),
-    target("mm", images::fuzz_mm),
-    target("pagemap", images::fuzz_pagemap),
-    target("stats", images::fuzz_stats),
-    slow_target("checkpoint", images::fuzz_checkpoint),
-    target("tls_records", protocol::link::tls::fuzzing::fuzz_tls_records),
-    slow_target("fault_lane", streams::fuzz_fault_lane),
-    slow_target("page_server_answers", streams::fuzz_page_server_answers),
-    target("page_cache", page_cache::fuzz_page_cache),
-    target("page_space", page_space::fuzz_page_space),
-    target("prefetch", page_space::fuzz_prefetch),
-    target("in_flight", page_space::fuzz_in_flight),
-    target("ledger", source::fuzz_ledger),
-    target("push_order", source::fuzz_push_order),
-    target("bitmap", source::fuzz_bitmap),
+/// Targets that libFuzzer tries in one program, led by the coverage of them all: the first byte of an input is the place of
+/// its target in the group, so that new ones come last.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// Its name, and that of its program.
+    pub name: &'static str,
+    /// Its targets.
+    pub targets: &'static [Target],
+}
+
+/// All targets. Those that touch files and sockets take longest, and have a group of their own.
+pub const GROUPS: &[Group] = &[
+    Group {
+        name: "messages",
+        targets: &[
+            target("hello", wire::fuzz_hello),
+            target("frames", wire::fuzz_frames),
+            target("acknowledgement", wire::fuzz_acknowledgement),
+            target("control", wire::fuzz_control),
+            target("precopy", wire::fuzz_precopy),
+            target("page_server", criu::fuzz_page_server),
+            target("handover", criu::fuzz_handover),
+            target("criu_version", criu::fuzz_criu_version),
+            target("tls_records", protocol::link::tls::fuzzing::fuzz_tls_records),
+        ],
+    },
+    Group {
+        name: "images",
+        targets: &[
+            target("inventory", images::fuzz_inventory),
+            target("pstree", images::fuzz_pstree),
+            target("core", images::fuzz_core),
+            target("mm", images::fuzz_mm),
+            target("pagemap", images::fuzz_pagemap),
+            target("stats", images::fuzz_stats),
+        ],
+    },
+    Group {
+        name: "streams",
+        targets: &[
+            slow_target("checkpoint", images::fuzz_checkpoint),
+            slow_target("fault_lane", streams::fuzz_fault_lane),
+            slow_target("page_server_answers", streams::fuzz_page_server_answers),
+        ],
+    },
+    Group {
+        name: "pages",
+        targets: &[
+            target("page_cache", page_cache::fuzz_page_cache),
+            target("page_space", page_space::fuzz_page_space),
+            target("prefetch", page_space::fuzz_prefetch),
+            target("in_flight", page_space::fuzz_in_flight),
+            target("ledger", source::fuzz_ledger),
+            target("push_order", source::fuzz_push_order),
+            target("bitmap", source::fuzz_bitmap),
+        ],
+    },
 ];
+
+/// All targets, of every group.
+pub fn targets() -> impl Iterator<Item = Target> {
+    GROUPS.iter().flat_map(|group| group.targets).copied()
+}
 
 /// The target of this name.
 #[must_use]
 pub fn find(name: &str) -> Option<Target> {
-    TARGETS.iter().find(|target| target.name == name).copied()
+    targets().find(|target| target.name == name)
+}
+
+impl Group {
+    /// The group of this name.
+    #[must_use]
+    pub fn find(name: &str) -> Option<Self> {
+        GROUPS.iter().find(|group| group.name == name).copied()
+    }
+
+    /// The target that an input of the group is for, and what it is to take.
+    #[must_use]
+    pub fn split(self, input: &[u8]) -> Option<(Target, &[u8])> {
+        let (place, data) = input.split_first()?;
+        Some((*self.targets.get(usize::from(*place))?, data))
+    }
+}
+
+/// What a program of libFuzzer does with an input of the group `name`; false if it is for no target.
+///
+/// # Panics
+/// If there is no such group, and as the target does.
+#[must_use]
+pub fn run_of_group(name: &str, input: &[u8]) -> bool {
+    let group = Group::find(name).expect("a group");
+    group.split(input).map(|(target, data)| (target.run)(data)).is_some()
 }
 
 /// Runs a closure and gives the most bytes that were allocated at once meanwhile.

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ use super::lanes::LaneThreads;
 use super::precopy::{Precopied, Prefill};
 use super::standby::{Parts, Standby};
 use super::{IMAGES, SessionConfig, StateConfig};
-use crate::barrier::Report;
+use crate::barrier::{self, Report, Word};
 use crate::cache::{Installing, Milestone};
 use crate::fault::Command;
 use crate::handover::ReceiveError;
@@ -217,6 +218,11 @@ impl BroughtUp {
         })
     }
 
+    /// Where its programs leave what is said of it.
+    pub(super) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     fn restore(&mut self) -> Result<&mut Restore, Failure> {
         self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))
     }
@@ -295,7 +301,7 @@ impl BroughtUp {
         let mut deadline = Instant::now() + limits::RESTORE_TIMEOUT;
         let mut resumed = None;
         // Before the finish word of the hand-over no task is let go.
-        let (mut resuming, mut finished, mut ended_early) = (false, false, false);
+        let (mut finished, mut ended_early) = (false, false);
         loop {
             let restore =
                 self.restore.as_mut().ok_or_else(|| Failure::broken("the restore has ended".into()))?;
@@ -303,23 +309,35 @@ impl BroughtUp {
             let ready = waiting::readable(fds, Some(deadline)).map_err(Failure::io)?;
             match ready {
                 [true, ..] => match restore.report().map_err(Failure::io)? {
-                    Some(Report::Resuming) => resuming = true,
                     Some(Report::Resumed) => resumed = resumed.or(Some(Instant::now())),
                     Some(Report::Held) | None => {}
                 },
                 [_, true, _] => {
                     let status = restore.end();
-                    // One that is killed once it had only to let go of the tasks has let go of them. One that fails kills them.
-                    let runs = resumed.is_some() || resuming && all_live(&restore.proc_dir(), &self.map);
-                    if status != 0 && runs {
+                    if status != 0 && resumed.is_none() {
+                        if !finished && !ended_early {
+                            (finished, ended_early) = finish_word(&self.handed_over);
+                        }
+                        let proc = restore.proc_dir();
+                        let runs = match barrier::word(self.dir.path()) {
+                            // One that fails kills what it has restored.
+                            Word::Failed => Some(false),
+                            // One that is killed has not let go of anything before the finish word, and of all tasks behind its mark.
+                            Word::None if ended_early => Some(false),
+                            Word::None if finished && lives_on(&proc, &self.map) => Some(true),
+                            Word::Resuming | Word::Resumed if all_live(&proc, &self.map) => Some(true),
+                            _ => None,
+                        };
+                        if runs != Some(true) {
+                            let complaint = restore.complaint();
+                            let reason =
+                                format!("criu restore failed behind the switchover ({status}): {complaint}");
+                            let event = if runs.is_some() { Event::NeverRan } else { Event::RestoreFailed };
+                            return Err(Failure { reason, event });
+                        }
+                    }
+                    if status != 0 {
                         tracing::warn!("criu restore ended with {status}; the tasks run");
-                    } else if status != 0 {
-                        let complaint = restore.complaint();
-                        let reason =
-                            format!("criu restore failed behind the switchover ({status}): {complaint}");
-                        ended_early |= !finished && has_ended_early(&self.handed_over);
-                        let event = if ended_early { Event::NeverRan } else { Event::RestoreFailed };
-                        return Err(Failure { reason, event });
                     }
                     resumed = resumed.or(Some(Instant::now()));
                 }
@@ -432,15 +450,29 @@ impl BroughtUp {
     }
 }
 
-/// Whether a CRIU that is gone has left without the finish word, which the hand-over's thread is about to find out.
-fn has_ended_early(handed_over: &Mailbox<Result<(), ReceiveError>>) -> bool {
-    let heard = waiting::readable_within(handed_over.as_fd(), limits::REASON_PATIENCE);
-    heard.unwrap_or(false)
-        && handed_over.empty().into_iter().any(|result| result.is_err_and(|error| error.is_early_end()))
+/// Whether a CRIU that is gone has left with the finish word, and whether without: the hand-over's thread is about to find out.
+fn finish_word(handed_over: &Mailbox<Result<(), ReceiveError>>) -> (bool, bool) {
+    let _ = waiting::readable_within(handed_over.as_fd(), limits::REASON_PATIENCE);
+    handed_over.empty().into_iter().fold((false, false), |(finished, early), result| match result {
+        Ok(()) => (true, early),
+        Err(error) => (finished, early || error.is_early_end()),
+    })
+}
+
+/// Whether every task goes on without the CRIU that was killed while it was about to let go of them.
+fn lives_on(proc: &Path, map: &LazyMap) -> bool {
+    let deadline = Instant::now() + limits::LET_GO_PATIENCE;
+    while Instant::now() < deadline {
+        if !all_live(proc, map) {
+            return false;
+        }
+        std::thread::sleep(limits::WORD_LOOK);
+    }
+    true
 }
 
 /// Whether every task with lazy pages is there and has not ended.
-fn all_live(proc: &std::path::Path, map: &LazyMap) -> bool {
+fn all_live(proc: &Path, map: &LazyMap) -> bool {
     let ended =
         |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']));
     map.tasks().iter().all(|task| {

@@ -76,12 +76,9 @@ impl Session {
         match switchover.step(event) {
             Action::End(Ending::TearDown) => {
                 brought_up.tear_down();
-                // Taken back before; the source may ask the next daemon.
-                match self.config.state.as_ref().map(tombstone::leave) {
-                    Some(Err(error)) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                        tracing::error!("cannot leave word that the tasks have not run: {error}");
-                    }
-                    _ => {}
+                // The source may ask the next daemon, which finds no CRIU to have the last word.
+                if let Some(Err(error)) = self.config.state.as_ref().map(tombstone::leave) {
+                    tracing::error!("cannot leave word that the tasks have not run: {error}");
                 }
                 return Err(self.rolled_back(reason));
             }
@@ -102,13 +99,22 @@ impl Session {
         brought_up: &mut BroughtUp,
         switchover: &mut Switchover,
     ) -> Result<(Instant, Result<(), Failure>), Failure> {
-        if let Some(StateConfig { dir, session: Some((session, _)), .. }) = &self.config.state {
-            tombstone::take_back(dir, *session).map_err(|error| {
+        if let Some(state) = &self.config.state {
+            tombstone::lift(state, brought_up.dir()).map_err(|error| {
                 let reason = format!("cannot take back that the tasks have not run: {error}");
                 Failure { reason, event: Event::NeverRan }
             })?;
         }
-        let running_at = brought_up.run()?;
+        let running_at = brought_up.run();
+        if let (Ok(_), Some(StateConfig { dir, session: Some((session, _)), .. })) =
+            (&running_at, &self.config.state)
+        {
+            // CRIU has left word that contradicts it.
+            if let Err(error) = tombstone::take_back(dir, *session) {
+                tracing::debug!("cannot remove the word that the tasks have not run: {error}");
+            }
+        }
+        let running_at = running_at?;
         if let Some(frozen_at) = brought_up.frozen_at {
             let blackout = running_at.saturating_duration_since(frozen_at);
             self.recorder.report().blackout_ms = blackout.as_secs_f64() * 1000.0;
