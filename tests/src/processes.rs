@@ -150,8 +150,15 @@ pub fn kill_below(root: u32) {
 /// If it is not there.
 #[track_caller]
 pub fn signal(pid: u32, signal: Signal) {
-    let sent = PidFd::open(pid).and_then(|held| held.signal(signal as i32));
-    sent.unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
+    try_signal(pid, signal).unwrap_or_else(|error| panic!("{signal} to {pid}: {error}"));
+}
+
+/// Sends a signal to a process that may have ended.
+///
+/// # Errors
+/// `ESRCH` if it has.
+pub fn try_signal(pid: u32, signal: Signal) -> std::io::Result<()> {
+    PidFd::open(pid).and_then(|held| held.signal(signal as i32))
 }
 
 /// Bytes of anonymous memory that a process has present.

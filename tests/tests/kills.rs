@@ -8,7 +8,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use experiments::stamp::Options;
 use nix::sys::signal::Signal;
@@ -140,6 +140,8 @@ impl Victim {
 struct Case {
     victim: Victim,
     moment: Moment,
+    /// How long everything goes on behind the moment before the victim is killed.
+    later: Duration,
     state: PathBuf,
     kept: PathBuf,
     stamp: Stamp,
@@ -148,7 +150,7 @@ struct Case {
 }
 
 /// Where the victim was there.
-fn judge(victim: Victim, moment: Moment) -> Option<End> {
+fn judge(victim: Victim, moment: Moment, later: Duration) -> Option<End> {
     for _ in 0..TRIES {
         let site = Site::new()?;
         let options = Options {
@@ -161,7 +163,7 @@ fn judge(victim: Victim, moment: Moment) -> Option<End> {
         };
         let stamp = Stamp::start(&options);
         let (state, kept) = (site.path("state"), site.path("kept"));
-        let case = Case { victim, moment, state, kept, stamp, site };
+        let case = Case { victim, moment, later, state, kept, stamp, site };
         if let Some(end) = case.run() {
             return Some(end);
         }
@@ -171,14 +173,18 @@ fn judge(victim: Victim, moment: Moment) -> Option<End> {
 
 impl Case {
     fn run(mut self) -> Option<End> {
-        let ends = self.victim.ends(self.moment.when);
+        let ends = match self.later {
+            Duration::ZERO => self.victim.ends(self.moment.when),
+            _ => &[End::RolledBack, End::LetRun, End::Released],
+        };
         // Long enough for whoever follows, and not longer than it takes where nobody can.
         let follows = ends.iter().any(|end| matches!(end, End::TakenOver | End::Resumed | End::Denied));
         let patience = if follows { "30" } else { "2" };
         let plan =
             Plan::new().source(["--give-up-after", patience]).destination(["--give-up-after", patience]);
         let plan = plan.source(["--state-dir".as_ref(), self.kept.as_os_str()]);
-        let word = if self.victim == Victim::SecretiveDaemon { "none".as_ref() } else { self.state.as_os_str() };
+        let word =
+            if self.victim == Victim::SecretiveDaemon { "none".as_ref() } else { self.state.as_os_str() };
         let plan = plan.destination(["--state-dir".as_ref(), word]);
         let Some(mut stopped) = self.moment.reach(&self.site, &plan, self.stamp.pid(), MIB) else {
             self.stamp.give_up();
@@ -194,7 +200,14 @@ impl Case {
             assert_ends(self.stamp.pid(), STEP);
         }
         let victim = eventually("the victim", STEP, || self.victim.find(&self.site, &stopped));
-        processes::signal(victim, Signal::SIGKILL);
+        if !self.later.is_zero() {
+            stopped.go_on();
+            std::thread::sleep(self.later);
+            // It may have ended by itself.
+            let _ = processes::try_signal(victim, Signal::SIGKILL);
+        } else {
+            processes::signal(victim, Signal::SIGKILL);
+        }
         assert_ends(victim, STEP);
         let again = ends.contains(&End::Denied).then(|| self.serve_again(&stopped));
         let too_early = self.moment.when == When::Committed;
@@ -327,15 +340,24 @@ impl Case {
         self.resume_source(&told, 1, "its operator says so");
     }
 
-    fn let_run(self, stopped: Stopped) {
+    fn let_run(mut self, stopped: Stopped) {
         let source = stopped.source.wait(MOVE);
         source.assert(3, "paused", &["stay stopped with all their memory"]);
         let pid = self.stamp.pid();
+        if let Some(moved) = self.site.moved(pid).filter(|_| !self.later.is_zero()) {
+            // As an operator is told to: the copy there goes first.
+            processes::signal(Entry::of(moved).unwrap().parent, Signal::SIGKILL);
+        }
         eventually("that nothing is left at the destination", STEP, || {
             self.site.moved(pid).is_none().then_some(())
         });
         self.continue_here(&source);
-        self.runs_here();
+        if self.later.is_zero() {
+            return self.runs_here();
+        }
+        // A thread may have run before the death of another ended its task: that is undone, its memory is that of the freeze.
+        let checked = self.stamp.handle().check(STEP).unwrap();
+        assert!(checked.wrong == 0 && checked.pages > 0, "{checked:?}: {:#?}", self.stamp.wrong_lines());
     }
 
     /// A daemon in the place of the one that was killed, which takes over what can be.
@@ -380,16 +402,18 @@ impl Case {
 }
 
 /// One row of the table, and what went wrong in it.
-fn row(victim: Victim, moment: Moment) -> Result<(), String> {
+fn row(victim: Victim, moment: Moment, later: Duration) -> Result<(), String> {
     let begun = Instant::now();
-    let ended = catch_unwind(AssertUnwindSafe(|| judge(victim, moment)));
+    let ended = catch_unwind(AssertUnwindSafe(|| judge(victim, moment, later)));
     let took = begun.elapsed().as_secs_f64();
+    let behind = if later.is_zero() { String::new() } else { format!(", {later:.1?} later") };
+    let when = format!("{}{behind}", moment.name);
     match ended {
-        Ok(Some(end)) => println!("| {victim:?} | {} | {end} | {took:.1} |", moment.name),
+        Ok(Some(end)) => println!("| {victim:?} | {when} | {end} | {took:.1} |"),
         Ok(None) => {}
         Err(panic) => {
-            println!("| {victim:?} | {} | FAILED | {took:.1} |", moment.name);
-            return Err(format!("{victim:?}, {}: {}", moment.name, tests::panic_text(&*panic)));
+            println!("| {victim:?} | {when} | FAILED | {took:.1} |");
+            return Err(format!("{victim:?}, {when}: {}", tests::panic_text(&*panic)));
         }
     }
     Ok(())
@@ -401,7 +425,8 @@ fn kill_at_moments(victim: Victim, some: &[&str]) {
     let chosen = |moment: &&Moment| tests::long() || some.contains(&moment.name);
     let there = |moment: &&Moment| !victim.ends(moment.when).is_empty();
     let moments = MOMENTS.iter().filter(there).filter(chosen);
-    let failed: Vec<String> = moments.filter_map(|moment| row(victim, *moment).err()).collect();
+    let failed: Vec<String> =
+        moments.filter_map(|moment| row(victim, *moment, Duration::ZERO).err()).collect();
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }
 
@@ -441,4 +466,14 @@ fn the_keeper_is_killed() {
 #[test]
 fn the_holder_is_killed() {
     kill_at_moments(Victim::Holder, &["nothing is pushed", "Complete is on its way"]);
+}
+
+/// What it is about to change in a task ends with the task when CRIU is killed; then all stands still at the source.
+#[test]
+fn criu_is_killed_in_the_milliseconds_in_which_it_lets_go() {
+    let moment = *MOMENTS.iter().find(|moment| moment.when == When::Committed).unwrap();
+    let step = Duration::from_micros(if tests::long() { 100 } else { 800 });
+    let ended = (1..=80).map(|number| step * number).take_while(|later| *later <= Duration::from_millis(8));
+    let failed: Vec<String> = ended.filter_map(|later| row(Victim::Restore, moment, later).err()).collect();
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }

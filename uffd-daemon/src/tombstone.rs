@@ -88,7 +88,9 @@ pub fn find(dir: &StateDir, listen: &str) -> io::Result<Vec<(SessionId, SessionS
         };
         match read() {
             Ok((_, word)) if word.boot == boot && word.listen != listen => {}
-            Ok((since, word)) if word.boot == boot && word.stands(deadline) => found.push((since, word, path)),
+            Ok((since, word)) if word.boot == boot && word.stands(deadline) => {
+                found.push((since, word, path))
+            }
             // Of another start, or nobody can say so any more.
             _ => drop(fs::remove_file(&path)),
         }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use host::mailbox::{Mailbox, mailbox};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::uffd::{Probe, Uffd};
+use nix::libc::{SIGKILL, SIGSTOP};
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
@@ -322,9 +323,9 @@ impl BroughtUp {
                         let runs = match barrier::word(self.dir.path()) {
                             // One that fails kills what it has restored.
                             Word::Failed => Some(false),
-                            // One that is killed has not let go of anything before the finish word, and of all tasks behind its mark.
+                            // One that is killed has let go of no task before the finish word, and of all behind its mark.
                             Word::None if ended_early => Some(false),
-                            Word::None if finished && lives_on(&proc, &self.map) => Some(true),
+                            Word::None if finished => has_let_go(&proc, &self.map),
                             Word::Resuming | Word::Resumed if all_live(&proc, &self.map) => Some(true),
                             _ => None,
                         };
@@ -459,16 +460,42 @@ fn finish_word(handed_over: &Mailbox<Result<(), ReceiveError>>) -> (bool, bool) 
     })
 }
 
-/// Whether every task goes on without the CRIU that was killed while it was about to let go of them.
-fn lives_on(proc: &Path, map: &LazyMap) -> bool {
+/// Whether a CRIU that was killed behind the finish word has let go of the tasks, as far as that can be known.
+///
+/// CRIU's code in a task blocks every signal until it jumps back into the program, and waits there for a word before it does. One that
+/// was killed before it gave that word leaves all threads there for ever; one that was killed later leaves them to run, but those ends
+/// their task in which it had just set a breakpoint.
+fn has_let_go(proc: &Path, map: &LazyMap) -> Option<bool> {
     let deadline = Instant::now() + limits::LET_GO_PATIENCE;
-    while Instant::now() < deadline {
-        if !all_live(proc, map) {
-            return false;
+    let mut some_left = false;
+    loop {
+        let held = all_live(proc, map).then(|| threads(proc, map).map(|thread| blocks_everything(&thread)));
+        let held: Vec<bool> = held?.collect();
+        let held = (held.len(), held.into_iter().filter(|held| *held).count());
+        some_left |= held.0 != held.1;
+        match held {
+            _ if Instant::now() < deadline => std::thread::sleep(limits::WORD_LOOK),
+            (_, 0) => return Some(true),
+            _ if !some_left => return Some(false),
+            _ => return None,
         }
-        std::thread::sleep(limits::WORD_LOOK);
     }
-    true
+}
+
+/// The directories of all threads.
+fn threads(proc: &Path, map: &LazyMap) -> impl Iterator<Item = PathBuf> {
+    let directories = map.tasks().iter().map(|task| proc.join(task.id.to_string()).join("task"));
+    let entries = directories.filter_map(|directory| std::fs::read_dir(directory).ok()).flatten();
+    entries.filter_map(|entry| Some(entry.ok()?.path())).collect::<Vec<_>>().into_iter()
+}
+
+/// Whether a thread blocks every signal, as CRIU's code does; the C libraries leave out those that they need themselves.
+fn blocks_everything(thread: &Path) -> bool {
+    const UNBLOCKABLE: u64 = 1 << (SIGKILL - 1) | 1 << (SIGSTOP - 1);
+    let status = std::fs::read_to_string(thread.join("status")).unwrap_or_default();
+    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+    let blocked = blocked.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    blocked.is_some_and(|mask| mask | UNBLOCKABLE == u64::MAX)
 }
 
 /// Whether every task with lazy pages is there and has not ended.
