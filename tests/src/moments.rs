@@ -51,6 +51,8 @@ pub enum When {
     Shipped,
     /// CRIU restores.
     Restoring,
+    /// What it restores has touched a page that is at the source.
+    Faulting,
     /// Everything is restored and held.
     Held,
     /// The destination has said so.
@@ -118,7 +120,7 @@ const fn moment(when: When, name: &'static str, barrier: Barrier) -> Moment {
 }
 
 /// Every moment, in the order of a move.
-pub const MOMENTS: [Moment; 34] = [
+pub const MOMENTS: [Moment; 35] = [
     moment(When::Dumping, "CRIU has frozen and dumped", Barrier::Script(At::Source, "post-dump")),
     moment(When::Dumped, "the fence stands", Barrier::Hook(At::Source, "post-dump")),
     moment(When::Shipping, "no image has passed", control(From::Dumped, Towards::Destination, 0)),
@@ -134,6 +136,7 @@ pub const MOMENTS: [Moment; 34] = [
     ),
     moment(When::Shipped, "all images are there", Barrier::Hook(At::Destination, "pre-restore")),
     moment(When::Restoring, "CRIU begins to restore", Barrier::Script(At::Destination, "pre-restore")),
+    moment(When::Faulting, "the restore waits for a page", lane(Role::Fault, Towards::Destination, HELLO)),
     moment(When::Held, "all is restored and held", Barrier::Hook(At::Destination, "post-restore")),
     moment(When::Prepared, "Prepared is on its way", control(From::Restored, Towards::Source, 0)),
     moment(

@@ -152,9 +152,18 @@ impl Tool {
         let ended = host::waiting::readable_within(self.exit.as_fd(), limit).expect("poll");
         assert!(ended, "still runs after {limit:?}: {}", self.last_lines());
         let status = self.child.wait().expect("a child that was not reaped");
-        let closed = self.output.wait(Duration::from_secs(10), |_, closed| (closed == 2).then_some(()));
-        assert!(closed.is_some(), "somebody keeps the output open of {}", self.last_lines());
+        self.wait_closed(Duration::from_secs(10));
         status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    }
+
+    /// Waits for the end of both streams: it has ended, and every line that it printed is here.
+    ///
+    /// # Panics
+    /// If somebody keeps one open beyond `limit`.
+    #[track_caller]
+    pub fn wait_closed(&self, limit: Duration) {
+        let closed = self.output.wait(limit, |_, closed| (closed == 2).then_some(()));
+        assert!(closed.is_some(), "somebody keeps the output open of {}", self.last_lines());
     }
 
     /// Whether it has ended.

@@ -75,8 +75,8 @@ impl Victim {
     /// How it may end; nothing where the victim is not there yet, or perhaps not any more.
     fn ends(self, when: When) -> &'static [End] {
         use When::{
-            CommitSent, Committed, Complete, DestinationDone, Dumping, Held, Prepared, Pushing, Restoring,
-            Resuming, Runs, SourceDone,
+            CommitSent, Committed, Complete, DestinationDone, Dumping, Faulting, Held, Prepared, Pushing,
+            Restoring, Resuming, Runs, SourceDone,
         };
         match (self, when) {
             (Self::Daemon, SourceDone) | (Self::Source, DestinationDone) => &[],
@@ -111,7 +111,7 @@ impl Victim {
             // Dismissed when every page is there, which the source's hook does not wait for.
             (Self::Keeper, when) if when < Restoring || when == SourceDone => &[],
             // Behind the restore's start it is told what to say to others; without that a move is called off.
-            (Self::Keeper, Restoring) => &[End::RolledBack, End::Released],
+            (Self::Keeper, Restoring | Faulting) => &[End::RolledBack, End::Released],
             (Self::Keeper, when) if when >= Held => &[End::Released],
 
             (Self::Holder, Pushing | Complete) => &[End::Released],
@@ -247,7 +247,7 @@ impl Case {
 
     /// Which of the ends it is, as the source says.
     fn which(&self, stopped: &Stopped) -> End {
-        eventually("the source's end", MOVE, || stopped.source.tool.has_ended().then_some(()));
+        stopped.source.tool.wait_closed(MOVE);
         let said = |words| stopped.source.tool.lines().iter().any(|line| line.contains(words));
         match () {
             () if said("nothing of it is left there") => End::Denied,

@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -75,6 +76,16 @@ pub struct Journal {
     room: usize,
     /// Held by who records a change: loops read the events of different families at the same time.
     recording: Mutex<()>,
+}
+
+/// Whether the tasks of the journal in `file` may not run yet.
+///
+/// # Errors
+/// The errno of reading it.
+pub fn is_before_running(file: &File) -> io::Result<bool> {
+    let mut word = [0; size_of::<u64>()];
+    file.read_exact_at(&mut word, (RUNNING * size_of::<u64>()) as u64)?;
+    Ok(u64::from_ne_bytes(word) == 0)
 }
 
 impl std::fmt::Debug for Journal {
@@ -313,7 +324,9 @@ mod tests {
     fn what_was_recorded_is_found_by_another() {
         let (journal, file) = Journal::create(200).unwrap();
         assert!(!journal.is_running() && journal.half_read().is_empty());
+        assert!(is_before_running(&file).unwrap());
         journal.set_running();
+        assert!(!is_before_running(&file).unwrap());
         (0..100).for_each(|number| journal.record(change(number)));
         for (first, pages) in [(0, 1), (60, 10), (130, 64), (199, 5)] {
             journal.acknowledges(first, pages);

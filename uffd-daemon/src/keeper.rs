@@ -3,7 +3,7 @@
 //! When the last descriptor of a userfaultfd closes, missing pages read as zero, silently. As long as the
 //! keeper holds one, tasks that touch a missing page wait instead, whatever happens to the daemon. The
 //! daemon dismisses it once every page has arrived; without that word it stays until the tasks are gone, or until
-//! another daemon takes over.
+//! another daemon takes over, unless they have never run.
 //!
 //! ```text
 //!   daemon ──▶ keeper        H + uffd: hold this, it is space b of family a      S + listener, journal, description
@@ -32,6 +32,8 @@ use nix::fcntl::AT_FDCWD;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
+use crate::journal;
+
 /// Name of the hidden verb that runs the keeper.
 pub const VERB: &str = "keeper";
 
@@ -50,7 +52,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a keeper does, with what the allocator and the end of a process need. Anything else fails: who holds the only
 /// descriptors of somebody's missing pages is not killed for a mistake.
-const SYSTEM_CALLS: [libc::c_long; 38] = [
+const SYSTEM_CALLS: [libc::c_long; 39] = [
     libc::SYS_accept4,
     libc::SYS_brk,
     libc::SYS_clock_gettime,
@@ -75,6 +77,7 @@ const SYSTEM_CALLS: [libc::c_long; 38] = [
     libc::SYS_munmap,
     libc::SYS_nanosleep,
     libc::SYS_ppoll,
+    libc::SYS_pread64,
     libc::SYS_read,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
@@ -336,7 +339,7 @@ struct Keeper {
 
 struct State {
     listener: UnixListener,
-    journal: OwnedFd,
+    journal: File,
     description: OwnedFd,
 }
 
@@ -383,15 +386,23 @@ impl Keeper {
             }
             Ok((Message { letter: STATE, .. }, fds)) => {
                 if let Ok([listener, journal, description]) = <[OwnedFd; 3]>::try_from(fds) {
-                    self.state = Some(State { listener: listener.into(), journal, description });
+                    self.state =
+                        Some(State { listener: listener.into(), journal: journal.into(), description });
                 }
             }
             Ok(_) | Err(_) => {
                 self.daemon = None;
                 self.since = SystemTime::now();
+                return !self.never_ran();
             }
         }
         true
+    }
+
+    /// Whether the daemon has ended before it let the tasks run. One that waits for a page keeps CRIU from coming to the barrier, where
+    /// it finds that out and kills what it has restored: without a keeper they go there, whatever the page reads as.
+    fn never_ran(&self) -> bool {
+        self.state.as_ref().is_some_and(|state| journal::is_before_running(&state.journal).unwrap_or(false))
     }
 
     fn answer(&mut self) -> io::Result<()> {

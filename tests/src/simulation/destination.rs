@@ -44,6 +44,18 @@ pub struct Keeper {
     journal: File,
 }
 
+/// What a destination says of its tasks for as long as they have not run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Word {
+    /// Nothing.
+    #[default]
+    None,
+    /// They never will.
+    NeverRan,
+    /// CRIU says whether they do.
+    Lifted,
+}
+
 /// What is left at the destination's host when its program is killed.
 #[derive(Debug, Default)]
 pub struct Host {
@@ -53,14 +65,38 @@ pub struct Host {
     pub keeper: Option<Keeper>,
     /// The tasks have been let run.
     pub has_run: bool,
-    /// Word is left that they have not, and will not.
-    pub never_ran: bool,
+    /// What is left for a program that follows one which was killed.
+    pub word: Word,
     /// They have everything and are left to themselves.
     pub finished: bool,
     /// How many programs have served them.
     pub generation: u32,
     /// The kernel's state of a page was not what the daemon made of it.
     pub wrong: Option<String>,
+}
+
+impl Host {
+    /// CRIU lets the tasks run, and says so.
+    fn let_run(&mut self) {
+        (self.tasks.running, self.has_run) = (true, true);
+        if self.word == Word::Lifted {
+            self.word = Word::None;
+        }
+    }
+
+    /// The program is killed. Where the tasks do not run yet CRIU kills what it has restored, unless `goes_on`: it had heard all that it
+    /// waits for.
+    pub fn program_is_killed(&mut self, goes_on: bool) {
+        if self.word == Word::Lifted && goes_on {
+            self.let_run();
+        } else if !self.tasks.running {
+            self.tasks.kill();
+            self.keeper = None;
+            if self.word == Word::Lifted {
+                self.word = Word::NeverRan;
+            }
+        }
+    }
 }
 
 /// What pushed pages are in the middle of.
@@ -320,7 +356,7 @@ impl Destination {
                 }
                 self.begin_installing();
                 self.phase = Phase::Held(now + 60 * SECOND);
-                host.never_ran = true;
+                host.word = Word::NeverRan;
                 if self.switchover.step(Event::Held) == Action::SendPrepared {
                     self.control.send(&Control::Prepared);
                 }
@@ -336,7 +372,7 @@ impl Destination {
             }
             Phase::Held(_) => self.hear_before_commit(host),
             Phase::Lifting(until) if until <= now => {
-                (host.tasks.running, host.has_run) = (true, true);
+                host.let_run();
                 self.commands.send(Command::Running);
                 if self.switchover.step(Event::Resumed) == Action::SendRunning {
                     self.control.send(&Control::Running);
@@ -422,7 +458,7 @@ impl Destination {
             if let Some(journal) = self.tree.as_ref().and_then(|tree| tree.journal()) {
                 journal.set_running();
             }
-            host.never_ran = self.defect == Some(Defect::DenyRunning);
+            host.word = if self.defect == Some(Defect::DenyRunning) { Word::NeverRan } else { Word::Lifted };
             self.phase = Phase::Lifting(self.chance.now() + self.chance.between(10, 5 * MS));
         }
         true
@@ -438,7 +474,7 @@ impl Destination {
         match ending {
             Ending::TearDown => {
                 host.tasks.kill();
-                host.keeper = None;
+                (host.keeper, host.word) = (None, Word::NeverRan);
                 self.control.send(&Control::Abort("the simulation says so".into()));
                 self.control.send(&Control::RolledBack);
             }
@@ -469,7 +505,9 @@ impl Destination {
         let lifting = matches!(self.phase, Phase::Lifting(_));
         if lifting {
             host.tasks.kill();
-            self.give_up(Event::RestoreFailed, host);
+            // One that fails says so; of one that is killed nobody knows how far it had come.
+            let event = if self.chance.once_in(4) { Event::RestoreFailed } else { Event::NeverRan };
+            self.give_up(event, host);
         }
         lifting
     }

@@ -381,11 +381,7 @@ impl World {
             .for_each(|socket| if self.chance.once_in(2) { socket.cut() } else { socket.shutdown() });
         self.net.door = Door::Closed;
         self.operator_at = self.chance.now() + self.chance.between(MS, 5 * SECOND);
-        // Its barrier fails where the tasks have not run yet, and CRIU kills what it has restored.
-        if !host.tasks.running {
-            host.tasks.kill();
-            host.keeper = None;
-        }
+        host.program_is_killed(self.chance.once_in(2));
     }
 
     fn kill_source(&mut self) {
@@ -405,7 +401,10 @@ impl World {
         if self.chance.now() < self.operator_at {
             return false;
         }
-        if self.destination.is_none() && self.destination_host.never_ran && self.net.door == Door::Closed {
+        if self.destination.is_none()
+            && self.destination_host.word == destination::Word::NeverRan
+            && self.net.door == Door::Closed
+        {
             self.operator_at = self.chance.now() + self.chance.between(MS, SECOND);
             self.net.door = Door::RolledBack;
             self.note("uffd-daemon serve");

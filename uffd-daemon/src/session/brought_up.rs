@@ -12,7 +12,7 @@ use host::mailbox::{Mailbox, mailbox};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::uffd::{Probe, Uffd};
-use nix::libc::{SIGKILL, SIGSTOP};
+use nix::libc::{SIGKILL, SIGSTOP, SIGTRAP};
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
@@ -489,13 +489,14 @@ fn threads(proc: &Path, map: &LazyMap) -> impl Iterator<Item = PathBuf> {
     entries.filter_map(|entry| Some(entry.ok()?.path())).collect::<Vec<_>>().into_iter()
 }
 
-/// Whether a thread blocks every signal, as CRIU's code does; the C libraries leave out those that they need themselves.
+/// Whether a thread blocks every signal, as CRIU's code does (where CRIU has stopped it once, all but SIGTRAP); the C libraries leave
+/// out those that they need themselves.
 fn blocks_everything(thread: &Path) -> bool {
-    const UNBLOCKABLE: u64 = 1 << (SIGKILL - 1) | 1 << (SIGSTOP - 1);
+    const EXCEPT: u64 = 1 << (SIGKILL - 1) | 1 << (SIGSTOP - 1) | 1 << (SIGTRAP - 1);
     let status = std::fs::read_to_string(thread.join("status")).unwrap_or_default();
     let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
     let blocked = blocked.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    blocked.is_some_and(|mask| mask | UNBLOCKABLE == u64::MAX)
+    blocked.is_some_and(|mask| mask | EXCEPT == u64::MAX)
 }
 
 /// Whether every task with lazy pages is there and has not ended.

@@ -103,8 +103,8 @@ pub fn take_frames(bytes: &[u8], each: &mut dyn FnMut(Answer<'_>)) -> Result<usi
     let mut used = 0;
     while let Some(head) = bytes[used..].first_chunk::<RUN_HEADER_LEN>() {
         let frame = RunFrame::decode(head).map_err(|error| UpstreamError::Protocol(error.to_string()))?;
-        if matches!(frame.kind, Kind::Demand | Kind::Prefetch) {
-            return Err(UpstreamError::Protocol("a request from the source".into()));
+        if !matches!(frame.kind, Kind::Pages | Kind::Settled | Kind::Declined) {
+            return Err(UpstreamError::Protocol(format!("{:?} from the source is no answer", frame.kind)));
         }
         let start = used + RUN_HEADER_LEN;
         let Some(data) = bytes.get(start..start + frame.data_len) else { break };
@@ -133,7 +133,12 @@ mod tests {
         let mut seen = Vec::new();
         let used = take_frames(&bytes, &mut |answer| seen.push((answer.id, answer.data.len()))).unwrap();
         assert_eq!((used, seen), (whole, vec![(7, PAGE_SIZE), (8, 0)]));
-        let demand = run(1).frame(Kind::Demand, 1, 0);
-        assert!(take_frames(&demand, &mut |_| ()).is_err());
+        for (kind, data) in
+            [(Kind::Demand, 0), (Kind::Prefetch, 0), (Kind::Precopy, PAGE_SIZE), (Kind::PrecopyLz4, 7)]
+        {
+            let mut bytes = run(1).frame(kind, 1, data).to_vec();
+            bytes.resize(bytes.len() + data, 0);
+            assert!(take_frames(&bytes, &mut |_| panic!("{kind:?}")).is_err());
+        }
     }
 }
