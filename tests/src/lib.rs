@@ -86,13 +86,29 @@ pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 /// # Panics
 /// If it does not within `limit`; says `what`.
 #[track_caller]
-pub fn eventually<T>(what: &str, limit: Duration, mut found: impl FnMut() -> Option<T>) -> T {
+pub fn eventually<T>(what: &str, limit: Duration, found: impl FnMut() -> Option<T>) -> T {
+    eventually_or_say(what, limit, found, String::new)
+}
+
+/// As [`eventually`], with what else there is to say if it does not.
+///
+/// # Panics
+/// If it does not within `limit`.
+#[track_caller]
+pub fn eventually_or_say<T>(
+    what: &str,
+    limit: Duration,
+    mut found: impl FnMut() -> Option<T>,
+    say: impl FnOnce() -> String,
+) -> T {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(found) = found() {
             return found;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        if Instant::now() > deadline {
+            panic!("{what}: not within {limit:?}\n{}", say());
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
 }

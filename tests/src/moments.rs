@@ -14,7 +14,7 @@ use crate::processes::{self, Entry};
 use crate::proxy::{Proxy, Towards};
 use crate::site::Site;
 use crate::tool::Tool;
-use crate::{STEP, eventually};
+use crate::{STEP, eventually, eventually_or_say};
 
 /// Bytes of a message without a body.
 const FRAME: u64 = HEADER_LEN as u64;
@@ -226,16 +226,23 @@ pub fn restorer(site: &Site) -> Option<u32> {
 }
 
 /// Stops CRIU at the barrier and lifts that: its script, which has waited there, has ended.
-fn lift(site: &Site, gate: &mut Gate) -> u32 {
+fn lift(site: &Site, gate: &mut Gate, tools: [&Tool; 2]) -> u32 {
     let criu = restorer(site).expect("a restore that is held");
     processes::signal(criu, Signal::SIGSTOP);
+    // Not before it stands still: on a busy machine it would still reap the script.
+    eventually("that CRIU stands still", STEP, || processes::is_stopped(criu).then_some(()));
     gate.open(0);
-    eventually("the end of the script at the barrier", STEP, || {
+    let ended = || {
         // By way of a shell, or not.
         let script = |entry: &Entry| entry.parent == criu && ["sh", "uffd-daemon"].contains(&&*entry.name);
         // One that has ended is not reaped by a CRIU that stands still.
         processes::all().iter().any(|entry| script(entry) && entry.has_ended()).then_some(())
-    });
+    };
+    let say = || {
+        let below: Vec<_> = processes::below(criu).iter().map(ToString::to_string).collect();
+        format!("{below:?}\n{}\n{}", tools[0].last_lines(), tools[1].last_lines())
+    };
+    eventually_or_say("the end of the script at the barrier", STEP, ended, say);
     criu
 }
 
@@ -288,7 +295,10 @@ impl Moment {
             wait(self.name, [&source.tool, &destination.tool], || line.is_holding())?;
         }
         let lifts = matches!(self.barrier, Barrier::Lifted);
-        let stopped = lifts.then(|| gate.take()).flatten().map(|mut gate| lift(site, &mut gate));
+        let stopped = lifts
+            .then(|| gate.take())
+            .flatten()
+            .map(|mut gate| lift(site, &mut gate, [&source.tool, &destination.tool]));
         Some(Stopped { source, destination, line, gate, stopped })
     }
 
