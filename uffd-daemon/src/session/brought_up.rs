@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,7 +12,6 @@ use host::mailbox::{Mailbox, mailbox};
 use host::waiting;
 use host::workdir::WorkDir;
 use kernel::uffd::{Probe, Uffd};
-use nix::libc::{SIGKILL, SIGSTOP, SIGTRAP};
 use protocol::criu::checkpoint::Checkpoint;
 use protocol::lazy_map::LazyMap;
 use protocol::link::{ControlChannel, ControlError, Stream};
@@ -22,10 +21,11 @@ use protocol::wire::switchover::destination::Event;
 
 use super::arrivals::Lanes;
 use super::lanes::LaneThreads;
+use super::let_go::{finish_word, whether_they_run};
 use super::precopy::{Precopied, Prefill};
 use super::standby::{Parts, Standby};
 use super::{IMAGES, SessionConfig, StateConfig};
-use crate::barrier::{self, Report, Word};
+use crate::barrier::{self, Report};
 use crate::cache::{Installing, Milestone};
 use crate::fault::Command;
 use crate::handover::ReceiveError;
@@ -319,16 +319,9 @@ impl BroughtUp {
                         if !finished && !ended_early {
                             (finished, ended_early) = finish_word(&self.handed_over);
                         }
-                        let proc = restore.proc_dir();
-                        let runs = match barrier::word(self.dir.path()) {
-                            // One that fails kills what it has restored.
-                            Word::Failed => Some(false),
-                            // One that is killed has let go of no task before the finish word, and of all behind its mark.
-                            Word::None if ended_early => Some(false),
-                            Word::None if finished => has_let_go(&proc, &self.map),
-                            Word::Resuming | Word::Resumed if all_live(&proc, &self.map) => Some(true),
-                            _ => None,
-                        };
+                        let word = barrier::word(self.dir.path());
+                        let runs =
+                            whether_they_run(word, finished, ended_early, &restore.proc_dir(), &self.map);
                         if runs != Some(true) {
                             let complaint = restore.complaint();
                             let reason =
@@ -449,63 +442,6 @@ impl BroughtUp {
             self.tree.pages()
         )
     }
-}
-
-/// Whether a CRIU that is gone has left with the finish word, and whether without: the hand-over's thread is about to find out.
-fn finish_word(handed_over: &Mailbox<Result<(), ReceiveError>>) -> (bool, bool) {
-    let _ = waiting::readable_within(handed_over.as_fd(), limits::REASON_PATIENCE);
-    handed_over.empty().into_iter().fold((false, false), |(finished, early), result| match result {
-        Ok(()) => (true, early),
-        Err(error) => (finished, early || error.is_early_end()),
-    })
-}
-
-/// Whether a CRIU that was killed behind the finish word has let go of the tasks, as far as that can be known.
-///
-/// CRIU's code in a task blocks every signal until it jumps back into the program, and waits there for a word before it does. One that
-/// was killed before it gave that word leaves all threads there for ever; one that was killed later leaves them to run, but those ends
-/// their task in which it had just set a breakpoint.
-fn has_let_go(proc: &Path, map: &LazyMap) -> Option<bool> {
-    let deadline = Instant::now() + limits::LET_GO_PATIENCE;
-    let mut some_left = false;
-    loop {
-        let held = all_live(proc, map).then(|| threads(proc, map).map(|thread| blocks_everything(&thread)));
-        let held: Vec<bool> = held?.collect();
-        let held = (held.len(), held.into_iter().filter(|held| *held).count());
-        some_left |= held.0 != held.1;
-        match held {
-            _ if Instant::now() < deadline => std::thread::sleep(limits::WORD_LOOK),
-            (_, 0) => return Some(true),
-            _ if !some_left => return Some(false),
-            _ => return None,
-        }
-    }
-}
-
-/// The directories of all threads.
-fn threads(proc: &Path, map: &LazyMap) -> impl Iterator<Item = PathBuf> {
-    let directories = map.tasks().iter().map(|task| proc.join(task.id.to_string()).join("task"));
-    let entries = directories.filter_map(|directory| std::fs::read_dir(directory).ok()).flatten();
-    entries.filter_map(|entry| Some(entry.ok()?.path())).collect::<Vec<_>>().into_iter()
-}
-
-/// Whether a thread blocks every signal, as CRIU's code does (where CRIU has stopped it once, all but SIGTRAP); the C libraries leave
-/// out those that they need themselves.
-fn blocks_everything(thread: &Path) -> bool {
-    const EXCEPT: u64 = 1 << (SIGKILL - 1) | 1 << (SIGSTOP - 1) | 1 << (SIGTRAP - 1);
-    let status = std::fs::read_to_string(thread.join("status")).unwrap_or_default();
-    let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
-    let blocked = blocked.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    blocked.is_some_and(|mask| mask | EXCEPT == u64::MAX)
-}
-
-/// Whether every task with lazy pages is there and has not ended.
-fn all_live(proc: &Path, map: &LazyMap) -> bool {
-    let ended =
-        |stat: &str| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']));
-    map.tasks().iter().all(|task| {
-        std::fs::read_to_string(proc.join(task.id.to_string()).join("stat")).is_ok_and(|stat| !ended(&stat))
-    })
 }
 
 impl Drop for BroughtUp {

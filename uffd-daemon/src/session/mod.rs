@@ -10,6 +10,7 @@ mod arrivals;
 mod brought_up;
 mod images;
 mod lanes;
+mod let_go;
 mod precopy;
 mod settling;
 mod standby;
