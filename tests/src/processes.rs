@@ -3,7 +3,10 @@
 
 use std::fmt;
 use std::fs;
+use std::os::fd::AsFd;
+use std::time::Duration;
 
+use host::waiting;
 use kernel::pidfd::PidFd;
 use nix::sys::signal::Signal;
 
@@ -46,10 +49,12 @@ impl Entry {
     }
 }
 
-/// Whether the process is gone or has ended.
+/// Whether the process is gone or has ended, with every thread: until then it has its descriptors, and who writes to one that it
+/// listens at is not told that nobody does.
 #[must_use]
 pub fn has_ended(pid: u32) -> bool {
-    Entry::of(pid).is_none_or(|entry| entry.has_ended())
+    let ended = |process: PidFd| waiting::readable_within(process.as_fd(), Duration::ZERO);
+    PidFd::open(pid).map_or(true, |process| ended(process).unwrap())
 }
 
 /// Whether a process, or a thread of this name of it, has no capability and gets none by executing a program.

@@ -209,8 +209,11 @@ impl Case {
             processes::signal(victim, Signal::SIGKILL);
         }
         assert_ends(victim, STEP);
-        let again = ends.contains(&End::Denied).then(|| self.serve_again(&stopped));
         let too_early = self.moment.when == When::Committed;
+        if self.victim == Victim::Daemon && too_early {
+            self.wait_orphaned();
+        }
+        let again = ends.contains(&End::Denied).then(|| self.serve_again(&stopped));
         if let Some(daemon) = again.as_ref().filter(|_| too_early) {
             // It must not take tasks for done that CRIU is about to kill, nor say so of any before they are.
             eventually("a keeper with another daemon", STEP, || {
@@ -368,8 +371,7 @@ impl Case {
     }
 
     fn taken_over(self, stopped: Stopped) {
-        let orphaned = || self.status().contains("its daemon has ended").then_some(());
-        eventually("a keeper that knows that it is alone", STEP, orphaned);
+        self.wait_orphaned();
         let mut follower = self.take_over();
         assert_eq!(follower.wait(MOVE), 0, "{}\n{}", follower.last_lines(), stopped.source.tool.last_lines());
         stopped.source.wait(MOVE).assert(0, "released", &[]);
@@ -378,6 +380,11 @@ impl Case {
             return;
         }
         self.arrived();
+    }
+
+    fn wait_orphaned(&self) {
+        let orphaned = || self.status().contains("its daemon has ended").then_some(());
+        eventually("a keeper that knows that it is alone", STEP, orphaned);
     }
 
     fn take_over(&self) -> Tool {

@@ -124,6 +124,9 @@ pub enum TakeoverError {
         /// The cause.
         source: io::Error,
     },
+    /// The keeper ended while it was asked.
+    #[error("its keeper has just ended, as it does when none of its tasks is left")]
+    Gone,
     /// A daemon serves it.
     #[error("a daemon serves this move: end it first")]
     Attended,
@@ -213,7 +216,14 @@ impl Found {
             return Err(TakeoverError::NeverRan);
         }
         let changes = journal.changes().ok_or(TakeoverError::Forgotten)?;
-        let taken = Stranger::find(&path).and_then(Stranger::take).map_err(broken)?;
+        let taken = Stranger::find(&path).and_then(Stranger::take).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound
+            | io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::UnexpectedEof => TakeoverError::Gone,
+            _ => broken(error),
+        })?;
         let Some((_, held, keeper)) = taken else { return Err(TakeoverError::Attended) };
         // The source has not let go of its tasks unless they ran here. Tasks that CRIU has killed instead have ended, too,
         // and must not be taken for some that need no page any more.
