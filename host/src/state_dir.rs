@@ -28,7 +28,15 @@ pub enum StateDirError {
         path = .0.display()
     )]
     Open(PathBuf),
+    /// The word for none.
+    #[error(
+        "a program with --state-dir none leaves no word; say which directory the one had that is to be followed"
+    )]
+    None,
 }
+
+/// Said in place of a directory: no word is to be left.
+const NONE: &str = "none";
 
 impl StateDir {
     /// Makes the directory if it is not there, and checks whose it is.
@@ -36,6 +44,9 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError`].
     pub fn open(path: &Path) -> Result<Self, StateDirError> {
+        if path == Path::new(NONE) {
+            return Err(StateDirError::None);
+        }
         let broken = |source| StateDirError::Io { path: path.to_owned(), source };
         match DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(broken(error)),
@@ -54,7 +65,7 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError`].
     pub fn open_unless_none(path: &Path) -> Result<Option<Self>, StateDirError> {
-        if path == Path::new("none") { Ok(None) } else { Self::open(path).map(Some) }
+        if path == Path::new(NONE) { Ok(None) } else { Self::open(path).map(Some) }
     }
 
     /// The path of a session's file of a kind.
@@ -99,6 +110,7 @@ mod tests {
     #[test]
     fn none_is_no_directory() {
         assert!(matches!(StateDir::open_unless_none(Path::new("none")), Ok(None)));
+        assert!(matches!(StateDir::open(Path::new("none")), Err(StateDirError::None)));
         let dir = tempfile::tempdir().unwrap();
         assert!(StateDir::open_unless_none(&dir.path().join("none")).unwrap().is_some());
     }

@@ -53,8 +53,9 @@ impl Entry {
 /// listens at is not told that nobody does.
 #[must_use]
 pub fn has_ended(pid: u32) -> bool {
-    let ended = |process: PidFd| waiting::readable_within(process.as_fd(), Duration::ZERO);
-    PidFd::open(pid).map_or(true, |process| ended(process).unwrap())
+    let ended =
+        |process: PidFd| waiting::readable_within(process.as_fd(), Duration::ZERO).is_ok_and(|ended| ended);
+    PidFd::open(pid).map_or(true, ended)
 }
 
 /// Whether a process, or a thread of this name of it, has no capability and gets none by executing a program.

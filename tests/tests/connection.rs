@@ -2,6 +2,8 @@
 //! and no rule of CRIU's network lock stays.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+use std::net::Ipv4Addr;
+
 use experiments::lab::{Host, Lab, SERVICE};
 use nix::sys::signal::Signal;
 use tests::accounts::Memory;
@@ -9,10 +11,12 @@ use tests::echo::{Client, Server};
 use tests::gate::Gate;
 use tests::moves::{Ended, Plan};
 use tests::site::Site;
-use tests::{STEP, programs};
+use tests::{MOVE, STEP, programs};
 
 /// Answers before and after that show that the connection works.
 const ANSWERS: u64 = 100;
+/// Where another server is.
+const OTHER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 101);
 
 struct Trial {
     client: Client,
@@ -46,18 +50,32 @@ impl Trial {
         Some(trial)
     }
 
-    /// A move with the service's address, by a CRIU that dumps connections on this kernel.
+    /// A move with the service's address.
     fn plan(&self) -> Plan<'_> {
         let give = format!("{}; true", self.lab.add_address_command(SERVICE));
         let take = format!("{}; true", self.lab.remove_address_command(SERVICE));
+        let plan = self.leaving(SERVICE).destination_hook("pre-restore", &give);
+        plan.destination_hook("rolled-back", &take)
+    }
+
+    /// A move whose source gives up an address, by a CRIU that dumps connections on this kernel.
+    fn leaving(&self, address: Ipv4Addr) -> Plan<'_> {
+        let give = format!("{}; true", self.lab.add_address_command(address));
+        let take = format!("{}; true", self.lab.remove_address_command(address));
         let mut plan = Plan::between(&self.lab).dump(["--tcp-established"]);
         plan = plan.source_hook("post-dump", &take).source_hook("rolled-back", &give);
-        plan = plan.destination_hook("pre-restore", &give).destination_hook("rolled-back", &take);
         if let Some(criu) = programs::next_criu() {
             plan = plan.source(["--criu".as_ref(), criu.as_os_str()]);
             plan = plan.destination(["--criu".as_ref(), criu.as_os_str()]);
         }
         plan
+    }
+
+    /// Has a daemon bring up an address with what it restores, once `condition` holds.
+    fn bring<'a>(&self, plan: Plan<'a>, address: Ipv4Addr, condition: &str) -> Plan<'a> {
+        let give = format!("! {condition} || {}; true", self.lab.add_address_command(address));
+        let announce = format!("! {condition} || {{ {}; }}", self.lab.announce_command(address));
+        plan.destination_hook("pre-restore", &give).destination_hook("post-restore", &announce)
     }
 
     fn assert_undone(&mut self, ended: &Ended, words: &[&str]) {
@@ -143,5 +161,46 @@ fn the_client_goes_on_at_the_source_after_an_interrupt() {
             return;
         }
         trial.assert_undone(&ended, &["interrupted"]);
+    }
+}
+
+#[test]
+fn moves_at_once_leave_each_other_their_lock() {
+    for method in ["iptables", "nftables"] {
+        let Some(mut trial) = Trial::new() else { return };
+        trial.lab.add_address(Host::Source, OTHER).unwrap();
+        let other = Server::start(&trial.lab, &programs::program("echo-server"), OTHER);
+        let mut other_client = Client::connect(&trial.lab, other.address());
+        other_client.wait_answers(ANSWERS);
+        let mut gate = Gate::new(&trial.site, "post-dump");
+        let locking = ["--network-lock", method];
+
+        // One stands still behind its lock, while another is called off, and then moved.
+        let second = trial.site.path("second");
+        let plan = trial.bring(trial.leaving(SERVICE), OTHER, "true");
+        let plan = trial.bring(plan, SERVICE, &format!("test -e {}", second.display()));
+        let plan = plan.dump(locking).source_hook("post-dump", &gate.command());
+        let first = Plan { keep_serving: true, ..plan }.start(&trial.site, trial.server.pid());
+        gate.wait_reached();
+        let locked = rules(&trial.lab, Host::Source);
+        assert!(locked.len() > trial.rules[0].len(), "{method}: {locked:?}");
+        let address = &first.destination.address;
+        let move_other =
+            |plan: Plan<'_>| plan.dump(locking).source_to(&trial.site, other.pid(), address).wait(MOVE);
+        let called_off = move_other(trial.leaving(OTHER).source_hook("post-dump", "exit 7"));
+        called_off.assert(1, "rolled_back", &["exit status: 7"]);
+        other_client.wait_answers(ANSWERS);
+        assert_eq!(rules(&trial.lab, Host::Source), locked, "{method}: behind a roll-back");
+        move_other(trial.leaving(OTHER)).assert(0, "released", &[]);
+        assert_eq!(rules(&trial.lab, Host::Source), locked, "{method}: behind a release");
+        other_client.wait_answers(ANSWERS);
+
+        std::fs::write(second, "").unwrap();
+        gate.open(0);
+        first.source.wait(MOVE).assert(0, "released", &[]);
+        first.destination.tool.signal(Signal::SIGTERM);
+        first.destination.wait(STEP).assert(0, "released", &[]);
+        trial.client.wait_answers(ANSWERS);
+        trial.assert_unlocked();
     }
 }

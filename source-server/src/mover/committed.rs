@@ -405,6 +405,7 @@ impl Committed {
 }
 
 pub(super) fn kill(tasks: &mut Tasks) {
+    tasks.network.note_connections(&tasks.tree);
     let left = tasks.fence.kill(&tasks.tree, limits::KILL_TIMEOUT);
     if let (Some(copied), true) = (tasks.copied.take(), left.is_empty()) {
         copied.tree_is_gone();

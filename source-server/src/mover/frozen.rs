@@ -148,7 +148,7 @@ impl Frozen {
         mover: &mut Mover,
         tree: &ProcessTree,
         criu: &Criu,
-        network: NetworkLock,
+        mut network: NetworkLock,
         mut copied: Option<Copied>,
     ) -> Result<Self, String> {
         not_interrupted(mover)?;
@@ -169,7 +169,7 @@ impl Frozen {
                 // The next freeze will find the thread elsewhere, unless it sleeps there.
                 Err(error @ DumpError::AlignedStack(_)) => tracing::info!("{error}; trying again"),
                 Err(error) => {
-                    let undone = let_run(tree, &network, None);
+                    let undone = let_run(tree, &mut network, None);
                     return Err(and(why_not_frozen(tree, &error), undone));
                 }
             }
@@ -184,10 +184,10 @@ impl Frozen {
             Ok(raised) => raised,
             Err(reason) => {
                 dump.kill();
-                return Err(and(reason, let_run(tree, &network, None)));
+                return Err(and(reason, let_run(tree, &mut network, None)));
             }
         };
-        let prepared = not_interrupted(mover).and_then(|()| Self::prepare(mover, &tree, &dump));
+        let prepared = not_interrupted(mover).and_then(|()| Self::prepare(mover, &tree, &dump, &mut network));
         match prepared.and_then(|parts| Ok((parts, mailbox().map_err(|error| error.to_string())?))) {
             Ok(((map, lanes, pipes), (post, notices))) => {
                 let held = Fenced { tree: &tree, fence: &fence, network: &network, dump: &dump };
@@ -204,7 +204,7 @@ impl Frozen {
             }
             Err(reason) => {
                 close(&mut dump);
-                Err(and(reason, let_run(&tree, &network, Some(fence))))
+                Err(and(reason, let_run(&tree, &mut network, Some(fence))))
             }
         }
     }
@@ -214,8 +214,10 @@ impl Frozen {
         mover: &Mover,
         tree: &ProcessTree,
         dump: &Dump,
+        network: &mut NetworkLock,
     ) -> Result<(Arc<LazyMap>, Arc<Lanes>, Option<Arc<PipeStore>>), String> {
         let checkpoint = Checkpoint::open(&dump.images).map_err(|error| error.to_string())?;
+        network.note_run(checkpoint.inventory.dump_criu_run_id.as_deref());
         let live = checkpoint.tasks.iter().filter(|task| task.alive);
         let map = LazyMap::new(live.map(|task| (task.id, task.lazy_runs())));
         let map = Arc::new(map.map_err(|error| error.to_string())?);
@@ -435,8 +437,8 @@ impl Tasks {
     }
 
     /// As [`Tasks::roll_back`], where CRIU has ended.
-    pub(super) fn let_run(self, word: Option<Word>) -> Result<(), String> {
-        let result = let_run(&self.tree, &self.network, Some(self.fence));
+    pub(super) fn let_run(mut self, word: Option<Word>) -> Result<(), String> {
+        let result = let_run(&self.tree, &mut self.network, Some(self.fence));
         word.into_iter().for_each(Word::remove);
         result
     }
@@ -485,8 +487,9 @@ fn close(dump: &mut Dump) {
 
 /// Lets the tasks of a dump that is over run: sockets leave repair mode, the network is unlocked, the fence comes
 /// down.
-fn let_run(tree: &ProcessTree, network: &NetworkLock, fence: Option<Fence>) -> Result<(), String> {
+fn let_run(tree: &ProcessTree, network: &mut NetworkLock, fence: Option<Fence>) -> Result<(), String> {
     let mut failed = Vec::new();
+    network.note_connections(tree);
     let sockets = network.end_repair(tree);
     let rules = network.unlock();
     if !rules.is_empty() {
