@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use experiments::stamp::{Handle, Options};
 use experiments::workload::Files;
@@ -33,6 +34,7 @@ pub fn small(site: &Site, mib: usize) -> Options {
 const TRIES: usize = 5;
 /// Looks at a workload's stacks.
 const LOOKS: usize = 20;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
 /// Moves a workload once, lazily, and judges everything about it: every page of it, both reports, and what is left.
 /// Where chance has CRIU copy all of it, that move is judged as well, and another workload is moved.
@@ -105,10 +107,13 @@ impl Stamp {
         panic!("threads that sleep on a page border, {TRIES} times in a row");
     }
 
-    /// Chance puts one stack in 256 there. Threads that work now and then are seen asleep in most of so many looks. One
-    /// process of a tree may do so: the others are lazy.
+    /// Chance puts one stack in 256 there. Threads that work now and then are seen asleep in most of so many looks, also where
+    /// they wait for a processor for some milliseconds between two sleeps. One process of a tree may do so: the others are lazy.
     fn sleeps_on_page_border(&self) -> bool {
-        (0..LOOKS).any(|_| sleeps_on_page_border(self.pid()))
+        (0..LOOKS).any(|_| {
+            std::thread::sleep(BETWEEN_LOOKS);
+            sleeps_on_page_border(self.pid())
+        })
     }
 
     /// As [`Stamp::start`], by a command that becomes the workload.

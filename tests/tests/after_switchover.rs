@@ -206,7 +206,7 @@ fn a_tree_that_ends_before_its_memory_has_arrived_ends_the_move_well() {
         processes::signal(root, Signal::SIGKILL);
         let ended = under_way.wait();
         ended.assert_released(tests::accounts::Memory::Changing);
-        assert!(ended.destination.report().pages.gone > 0);
+        assert!(ended.destination.report().pages.gone > 0, "{ended:#?}");
         site.assert_clean(&[]);
     }
 }
