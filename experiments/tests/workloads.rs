@@ -4,10 +4,11 @@
 
 use std::fs;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use experiments::workload::Files;
 use experiments::{stamp, touch, workload};
+use source_server::process::thread_state;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -17,6 +18,17 @@ fn program() -> Command {
 
 fn signal(pid: u32, name: &str) {
     assert!(Command::new("kill").arg(name).arg(pid.to_string()).status().unwrap().success());
+}
+
+/// Waits until every thread stands still: on a busy host one may run for a while before it finds that it is to stop.
+fn wait_stopped(pid: u32) {
+    let deadline = Instant::now() + LONG;
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let tid = |thread: fs::DirEntry| thread.file_name().to_str().unwrap().parse().unwrap();
+    while !threads().all(|thread| thread_state(pid, tid(thread)).is_ok_and(|state| state == 'T')) {
+        assert!(Instant::now() < deadline, "{pid} does not stop");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -153,6 +165,7 @@ fn a_gap_starts_the_reads_and_is_measured() {
     };
     let mut touch = touch::Handle::start(program(), &options, LONG).unwrap();
     signal(touch.pid(), "-STOP");
+    wait_stopped(touch.pid());
     std::thread::sleep(Duration::from_millis(250)); // the length of the gap, not a synchronisation
     signal(touch.pid(), "-CONT");
     let summary = touch.wait_done(LONG).unwrap();

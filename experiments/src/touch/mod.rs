@@ -24,11 +24,11 @@ use std::os::unix::process::parent_id;
 use std::path::PathBuf;
 use std::process::{ExitCode, id};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use kernel::arena::Region;
 
 pub use handle::{Handle, Summary};
@@ -196,7 +196,8 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
         stop: false.into(),
     });
     // All threads are made before the move: making one afterwards would fault on more than the page to measure.
-    let sampler = spawn(&shared, watch_clock);
+    let (begins, begun) = mpsc::channel();
+    let sampler = spawn(&shared, move |shared| watch_clock(shared, &begins));
     let chase = options.pattern == Pattern::Chase;
     let readers: Vec<_> = (0..plan.threads)
         .map(|thread| {
@@ -211,6 +212,8 @@ pub fn run(options: &Options) -> anyhow::Result<ExitCode> {
             })
         })
         .collect();
+    // Who is told that this is ready may move it at once: a gap before the first look would not be seen.
+    begun.recv().context("the sampling thread has ended")?;
     shared.recorder.set_state(State::Waiting);
     log.line(&format!("READY id=0 pid={} pages={pages}", id()));
     let mut control = ControlFile::new(files.control);
@@ -295,9 +298,10 @@ fn wait_end(shared: &Shared, options: &Options, control: &mut ControlFile) -> u6
 }
 
 /// The sampling thread.
-fn watch_clock(shared: &Shared) {
+fn watch_clock(shared: &Shared, begins: &mpsc::Sender<()>) {
     let mut last = wall_ns();
     let parent = parent_id();
+    let _ = begins.send(()); // waited for
     let mut presence_at = None;
     while !shared.stop.load(Relaxed) {
         let now = wall_ns();
