@@ -28,15 +28,12 @@ pub enum StateDirError {
         path = .0.display()
     )]
     Open(PathBuf),
-    /// The word for none.
+    /// It is the word for none.
     #[error(
         "a program with --state-dir none leaves no word; say which directory the one had that is to be followed"
     )]
     None,
 }
-
-/// Said in place of a directory: no word is to be left.
-const NONE: &str = "none";
 
 impl StateDir {
     /// Makes the directory if it is not there, and checks whose it is.
@@ -44,7 +41,7 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError`].
     pub fn open(path: &Path) -> Result<Self, StateDirError> {
-        if path == Path::new(NONE) {
+        if path == Path::new("none") {
             return Err(StateDirError::None);
         }
         let broken = |source| StateDirError::Io { path: path.to_owned(), source };
@@ -65,7 +62,10 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError`].
     pub fn open_unless_none(path: &Path) -> Result<Option<Self>, StateDirError> {
-        if path == Path::new(NONE) { Ok(None) } else { Self::open(path).map(Some) }
+        match Self::open(path) {
+            Err(StateDirError::None) => Ok(None),
+            opened => opened.map(Some),
+        }
     }
 
     /// The path of a session's file of a kind.

@@ -68,10 +68,14 @@ impl NetworkLock {
     /// # Errors
     /// `NotFound` if the tree is gone.
     pub fn of(tree: &ProcessTree) -> io::Result<Self> {
-        let set = |(inode, socket): (String, OwnedFd)| {
-            matches!(getsockopt(&socket, sockopt::ReuseAddr), Ok(true)).then_some(inode)
-        };
-        Self::resumed(tree, tree.tasks.iter().flat_map(sockets).filter_map(set).collect())
+        let mut lock = Self::around(tree)?;
+        for (inode, socket) in tree.tasks.iter().flat_map(sockets) {
+            lock.connections.extend(connection(&socket));
+            if matches!(getsockopt(&socket, sockopt::ReuseAddr), Ok(true)) {
+                lock.reusing.insert(inode);
+            }
+        }
+        Ok(lock)
     }
 
     /// The lock around a tree whose network was locked by another process; `reusing` is what it said of it.
@@ -79,11 +83,15 @@ impl NetworkLock {
     /// # Errors
     /// `NotFound` if the tree is gone.
     pub fn resumed(tree: &ProcessTree, reusing: BTreeSet<String>) -> io::Result<Self> {
-        let root = tree.root().pid;
-        let namespace = crate::dump::other_network(root)?;
-        let mut lock = Self { namespace, reusing, connections: BTreeSet::new(), run: root.to_string() };
+        let mut lock = Self { reusing, ..Self::around(tree)? };
         lock.note_connections(tree);
         Ok(lock)
+    }
+
+    fn around(tree: &ProcessTree) -> io::Result<Self> {
+        let root = tree.root().pid;
+        let (reusing, connections) = (BTreeSet::new(), BTreeSet::new());
+        Ok(Self { namespace: crate::dump::other_network(root)?, reusing, connections, run: root.to_string() })
     }
 
     /// Notes which connections the tree has; those that it had before stay noted.
@@ -105,11 +113,12 @@ impl NetworkLock {
         &self.reusing
     }
 
-    /// Takes every TCP socket of the tree out of repair mode; returns how many there were.
+    /// Takes every TCP socket of the tree out of repair mode, and notes its connection; returns how many there were.
     #[must_use]
-    pub fn end_repair(&self, tree: &ProcessTree) -> usize {
+    pub fn end_repair(&mut self, tree: &ProcessTree) -> usize {
         let mut ended = 0;
         for (inode, socket) in tree.tasks.iter().flat_map(sockets) {
+            self.connections.extend(connection(&socket));
             if !matches!(tcp::in_repair(socket.as_fd()), Ok(true)) || tcp::end_repair(socket.as_fd()).is_err()
             {
                 continue;

@@ -489,7 +489,6 @@ fn close(dump: &mut Dump) {
 /// down.
 fn let_run(tree: &ProcessTree, network: &mut NetworkLock, fence: Option<Fence>) -> Result<(), String> {
     let mut failed = Vec::new();
-    network.note_connections(tree);
     let sockets = network.end_repair(tree);
     let rules = network.unlock();
     if !rules.is_empty() {
