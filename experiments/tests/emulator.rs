@@ -10,6 +10,8 @@ use experiments::emulator::Model;
 use experiments::lab::{Host, Lab, Wire};
 
 const LONG: Duration = Duration::from_secs(10);
+/// How often the most that passes is looked for.
+const OPEN_TRIES: usize = 5;
 
 /// A socket of the source and one of the destination that answers it.
 fn sockets(lab: &Lab) -> (UdpSocket, UdpSocket) {
@@ -110,7 +112,7 @@ fn a_lossy_link_loses_datagrams_and_tcp_still_arrives_whole() {
 
 #[test]
 #[ignore = "needs root: makes network namespaces and TUN devices"]
-fn a_limit_holds_and_nothing_else_limits_bulk_tcp() {
+fn bulk_tcp_passes_at_a_gigabit_and_a_limit_holds() {
     let transfer = |model: Model, bytes: usize| {
         let lab = Lab::joined_by(Wire::Emulated(model)).unwrap();
         let listener = lab
@@ -130,7 +132,7 @@ fn a_limit_holds_and_nothing_else_limits_bulk_tcp() {
     };
     let limited = transfer(Model { rate_bit: Some(100_000_000), ..Model::default() }, 10 << 20);
     assert!((50.0..100.0).contains(&limited), "{limited} Mbit/s");
-    let open = transfer(Model::default(), 256 << 20);
-    // How fast it is then depends on the host, and is printed.
-    assert!(open > 2.0 * limited, "{open} Mbit/s");
+    // Whatever else is on the host only makes it slower.
+    let open = (0..OPEN_TRIES).map(|_| transfer(Model::default(), 256 << 20)).find(|mbit| *mbit > 1000.0);
+    assert!(open.is_some(), "not once in {OPEN_TRIES} transfers; what each came to is printed");
 }
