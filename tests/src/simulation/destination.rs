@@ -4,10 +4,9 @@
 //! `attach`), the loop of `push.rs::run` with `background.rs::install_slice`, and `cache/install.rs::run`.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use host::mailbox::{Mailbox, Post, mailbox};
 use protocol::lazy_map::LazyMap;
@@ -29,75 +28,13 @@ use uffd_daemon::tree::Tree;
 
 use super::Defect;
 use super::chance::{Chance, MS, SECOND, Us};
+use super::host::{Host, Keeper, Word};
 use super::kernel::Mm;
 use super::lane::Lane;
 use super::net::{Door, Net};
 use super::pages::{Memory, fill};
 use super::precopy::Receiving;
-use super::tasks::Tasks;
 use super::wire::{Connections, ControlEnd, Ended, Socket};
-
-/// The keeper: a process of its own.
-#[derive(Debug)]
-pub struct Keeper {
-    held: Arc<Mutex<Vec<(Owner, Mm)>>>,
-    journal: File,
-}
-
-/// What a destination says of its tasks for as long as they have not run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Word {
-    /// Nothing.
-    #[default]
-    None,
-    /// They never will.
-    NeverRan,
-    /// CRIU says whether they do.
-    Lifted,
-}
-
-/// What is left at the destination's host when its program is killed.
-#[derive(Debug, Default)]
-pub struct Host {
-    /// The restored tree.
-    pub tasks: Tasks,
-    /// Who holds its userfaultfds.
-    pub keeper: Option<Keeper>,
-    /// The tasks have been let run.
-    pub has_run: bool,
-    /// What is left for a program that follows one which was killed.
-    pub word: Word,
-    /// They have everything and are left to themselves.
-    pub finished: bool,
-    /// How many programs have served them.
-    pub generation: u32,
-    /// The kernel's state of a page was not what the daemon made of it.
-    pub wrong: Option<String>,
-}
-
-impl Host {
-    /// CRIU lets the tasks run, and says so.
-    fn let_run(&mut self) {
-        (self.tasks.running, self.has_run) = (true, true);
-        if self.word == Word::Lifted {
-            self.word = Word::None;
-        }
-    }
-
-    /// The program is killed. Where the tasks do not run yet CRIU kills what it has restored, unless `goes_on`: it had heard all that it
-    /// waits for.
-    pub fn program_is_killed(&mut self, goes_on: bool) {
-        if self.word == Word::Lifted && goes_on {
-            self.let_run();
-        } else if !self.tasks.running {
-            self.tasks.kill();
-            self.keeper = None;
-            if self.word == Word::Lifted {
-                self.word = Word::NeverRan;
-            }
-        }
-    }
-}
 
 /// What pushed pages are in the middle of.
 #[derive(Debug, Default)]

@@ -24,6 +24,7 @@
 
 pub mod chance;
 pub mod destination;
+pub mod host;
 pub mod kernel;
 pub mod lane;
 pub mod net;

@@ -6,7 +6,8 @@ use protocol::wire::switchover::destination::{Ending as DestinationEnding, Event
 use protocol::wire::switchover::source::{Ending as SourceEnding, Event as SourceEvent};
 
 use super::chance::{Chance, MS, SECOND, Us};
-use super::destination::{self, Destination};
+use super::destination::Destination;
+use super::host::{Host, Word};
 use super::net::{Door, Net};
 use super::pages::Memory;
 use super::source::{self, Source, Tasks};
@@ -99,7 +100,7 @@ pub struct World {
     net: Net,
     source_host: source::Host,
     source: Option<Source>,
-    destination_host: destination::Host,
+    destination_host: Host,
     destination: Option<Destination>,
     turns: Vec<Turn>,
     steps: u64,
@@ -141,7 +142,7 @@ impl World {
             source: Some(Source::new(&chance, defect, here, rounds)),
             source_host: source::Host::new(memory),
             destination: Some(Destination::new(&chance, defect, there)),
-            destination_host: destination::Host::default(),
+            destination_host: Host::default(),
             turns,
             steps: 0,
             faults_left,
@@ -402,7 +403,7 @@ impl World {
             return false;
         }
         if self.destination.is_none()
-            && self.destination_host.word == destination::Word::NeverRan
+            && self.destination_host.word == Word::NeverRan
             && self.net.door == Door::Closed
         {
             self.operator_at = self.chance.now() + self.chance.between(MS, SECOND);
