@@ -164,10 +164,10 @@ impl Dump {
         }
     }
 
-    /// Readable once CRIU has ended.
+    /// Whether CRIU has ended, or does within `patience`.
     #[must_use]
-    pub fn ended_fd(&self) -> BorrowedFd<'_> {
-        self.criu.as_fd()
+    pub fn has_ended(&self, patience: Duration) -> bool {
+        waiting::readable_within(self.criu.as_fd(), patience).unwrap_or(false)
     }
 
     /// CRIU's pid.

@@ -32,6 +32,8 @@ pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(300);
 pub const RUNNING_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the destination may take to clean up after a roll-back.
 pub const ROLLED_BACK_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long CRIU's page server may say nothing while it is drained; it has every page at hand.
+pub const PAGE_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long CRIU may take to end after it was told to.
 pub const CRIU_CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long acknowledgements may lag behind the destination's word that everything is settled.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use experiments::stamp::Options;
 use nix::sys::signal::Signal;
 use tests::moments::{MOMENTS, Moment, Stopped, When, restorer};
-use tests::moves::{Plan, Side};
+use tests::moves::{Move, Plan, Side};
 use tests::processes::{self, Entry};
 use tests::site::{Site, assert_ends};
 use tests::stamps::{self, Stamp};
@@ -97,7 +97,7 @@ impl Victim {
             (Self::Source, _) => &[End::Released],
 
             (Self::Dump, Dumping) => &[End::RolledBack],
-            // It is needed until the pages have been drained, which takes some milliseconds.
+            // Without it a move is called off as long as its pages have not been drained.
             (Self::Dump, when) if when < CommitSent => &[End::RolledBack, End::Released],
             (Self::Dump, when) if when < Pushing => &[End::Released],
             (Self::Dump, _) => &[],
@@ -231,6 +231,7 @@ impl Case {
             [end] => end,
             _ => self.which(&stopped),
         };
+        assert!(ends.contains(&end), "{end:?}, not one of {ends:?}: {}", stopped.source.tool.last_lines());
         if let Some(mut daemon) = again {
             eventually("the source's end", MOVE, || stopped.source.tool.has_ended().then_some(()));
             daemon.signal(Signal::SIGTERM);
@@ -457,6 +458,61 @@ fn the_source_is_killed() {
 #[test]
 fn criu_is_killed_at_the_source() {
     kill_at_moments(Victim::Dump, &["CRIU has frozen and dumped", "Prepared is on its way", "the tasks run"]);
+}
+
+/// What CRIU has not handed out stays in the stopped tasks, and goes on from there.
+fn undrained(kill_source: bool) -> Option<()> {
+    let site = Site::new()?;
+    let options = Options { mib: 256, rate_us: 500, fork: true, ..stamps::options(&site, "undrained") };
+    let mut stamp = Stamp::start(&options);
+    let kept = site.path("kept");
+    let plan = Plan::new().source(["--push-rate", "64M", "--give-up-after", "2"]);
+    let plan = plan.source(["--state-dir".as_ref(), kept.as_os_str()]);
+    let Move { source, destination } = plan.start(&site, stamp.pid());
+    let dump = |entry: &Entry| entry.parent == source.tool.pid() && entry.name == "criu";
+    let find = || site.processes().into_iter().find(dump).map(|entry| entry.pid);
+    let criu = eventually("CRIU", STEP, || find().filter(|pid| processes::is_told(*pid, "dump")));
+    // It is left just before the drain begins.
+    let is_word = |entry: std::fs::DirEntry| entry.path().extension().is_some_and(|kind| kind == "pages");
+    let word = || std::fs::read_dir(&kept).ok()?.flatten().any(is_word).then_some(());
+    eventually("word of the move", STEP, word);
+    processes::signal(criu, Signal::SIGSTOP);
+    destination.tool.wait_line("phase=\"push\"", STEP);
+    stamp.give_up();
+    processes::signal(criu, Signal::SIGKILL);
+    let undrained =
+        || source.tool.lines().iter().any(|line| line.contains("pages stay in the stopped tasks"));
+    let known = || (undrained() || processes::has_ended(stamp.pid())).then(undrained);
+    if !eventually("whether all was drained", STEP, known) {
+        processes::kill_below(std::process::id());
+        return None;
+    }
+    assert!(processes::is_stopped(stamp.pid()), "{:?}", Entry::of(stamp.pid()));
+    if kill_source {
+        source.tool.signal(Signal::SIGKILL);
+        source.tool.wait_closed(STEP);
+        let mut command = Command::new(programs::program("source-server"));
+        command.arg("resume").arg("--state-dir").arg(&kept);
+        let mut follower = Tool::start("resume", command);
+        assert_eq!(follower.wait(MOVE), 0, "{}", follower.last_lines());
+    } else {
+        source.wait(MOVE).assert(0, "released", &[]);
+    }
+    destination.wait(MOVE).assert(0, "released", &[]);
+    assert_ends(stamp.pid(), STEP);
+    stamp.mark_moved();
+    stamp.assert_unharmed();
+    stamp.quit();
+    site.assert_only(&[]);
+    Some(())
+}
+
+#[test]
+fn criu_is_killed_while_its_pages_are_drained() {
+    for kill_source in [false, true] {
+        let done = (0..TRIES).find_map(|_| undrained(kill_source));
+        assert!(done.is_some() || Site::new().is_none(), "all was drained too soon {TRIES} times in a row");
+    }
 }
 
 #[test]

@@ -22,6 +22,7 @@ use crate::dump::Dump;
 use crate::kept::{Holder, Word};
 use crate::lanes::Aside;
 use crate::limits;
+use crate::store::StoreError;
 
 /// A move whose tasks run at the destination, or are about to.
 pub(super) struct Committed {
@@ -162,13 +163,11 @@ impl Committed {
         for notice in self.serving.notices.empty() {
             let (event, what) = match notice {
                 Notice::Lane(Ok(())) => continue,
-                Notice::Drained(Ok(())) if !self.runs => {
-                    self.drained = true;
-                    continue;
-                }
-                Notice::Drained(Ok(())) => (Event::Drained, String::new()),
+                Notice::Drained(result) => match self.drain_is_over(result) {
+                    None => continue,
+                    Some(event) => (event, String::new()),
+                },
                 Notice::AllAcknowledged => (Event::Acknowledged, String::new()),
-                Notice::Drained(Err(error)) => (Event::Broken, error.to_string()),
                 Notice::Lane(Err(error)) if error.is_link() => {
                     failing.get_or_insert(error);
                     continue;
@@ -181,6 +180,13 @@ impl Committed {
             Some(error) if !released => self.step(mover, Event::Failing, &error.to_string()),
             _ => Ok(released),
         }
+    }
+
+    /// What follows from it: nothing before the destination runs.
+    fn drain_is_over(&mut self, result: Result<(), StoreError>) -> Option<Event> {
+        self.drained = true;
+        let why = self.tasks.as_ref().and_then(|tasks| tasks.why_undrained(result));
+        self.runs.then_some(if why.is_none() { Event::Drained } else { Event::Undrained })
     }
 
     /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
@@ -260,10 +266,10 @@ impl Committed {
         let mut released = false;
         for notice in self.serving.notices.empty() {
             match notice {
-                Notice::Drained(Ok(())) if !self.runs => self.drained = true,
-                Notice::Drained(Ok(())) => released = self.step(mover, Event::Drained, "")?,
-                Notice::Drained(Err(error)) => {
-                    released = self.step(mover, Event::Broken, &error.to_string())?
+                Notice::Drained(result) => {
+                    if let Some(event) = self.drain_is_over(result) {
+                        released = self.step(mover, event, "")?;
+                    }
                 }
                 Notice::AllAcknowledged if self.runs => {
                     released = self.step(mover, Event::Acknowledged, "")?;
@@ -288,7 +294,7 @@ impl Committed {
     }
 
     /// The pages are in the store: CRIU ends and the tasks are killed, so that their addresses, ports and
-    /// pids are free. With the `frozen` store the tasks are the store, and stay until the release.
+    /// pids are free. As long as any page is in them alone, as all are with the `frozen` store, they stay until the release.
     fn let_go_of_tasks(&mut self) {
         let Some(tasks) = &mut self.tasks else { return };
         // Both let go of as much memory as the tasks have.
@@ -298,7 +304,7 @@ impl Committed {
             tracing::warn!("{error}; the tasks are stopped all the same");
         }
         tasks.holder.take().into_iter().for_each(Holder::end);
-        let Some(pipes) = &tasks.pipes else { return };
+        let Some(pipes) = tasks.pipes.as_ref().filter(|pipes| pipes.is_drained()) else { return };
         // From here on the pages are nowhere else: they must not end with this process.
         let kept = Holder::of_pipes(pipes).and_then(|holder| {
             let told = self.word.as_mut().map_or(Ok(()), |word| word.pages_are_in(pipes, &holder));
@@ -315,7 +321,7 @@ impl Committed {
     fn release(self, mover: &mut Mover) -> Result<(), MoveError> {
         let Self { mut tasks, serving, holder, word, session, threads, .. } = self;
         serving.lanes.stop.store(true, Ordering::Relaxed);
-        if let Some(tasks) = tasks.as_mut().filter(|tasks| tasks.pipes.is_none()) {
+        if let Some(tasks) = tasks.as_mut().filter(|tasks| tasks.are_needed()) {
             kill(tasks);
         }
         holder.into_iter().for_each(Holder::end);

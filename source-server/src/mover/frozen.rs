@@ -187,7 +187,9 @@ impl Frozen {
                 return Err(and(reason, let_run(tree, &mut network, None)));
             }
         };
-        let prepared = not_interrupted(mover).and_then(|()| Self::prepare(mover, &tree, &dump, &mut network));
+        let prepared = not_interrupted(mover)
+            .and_then(|()| still_held(&dump))
+            .and_then(|()| Self::prepare(mover, &tree, &dump, &mut network));
         match prepared.and_then(|parts| Ok((parts, mailbox().map_err(|error| error.to_string())?))) {
             Ok(((map, lanes, pipes), (post, notices))) => {
                 let held = Fenced { tree: &tree, fence: &fence, network: &network, dump: &dump };
@@ -198,7 +200,9 @@ impl Frozen {
                     Tasks { tree, network, dump, holder, fence, pipes, drain, frozen_at, copied, _dir: dir };
                 let serving = Serving { map, lanes, post, notices };
                 let mut frozen = Self { tasks, serving, drained: true, word, clean: None };
-                frozen.start_drain(criu);
+                if let Err(error) = frozen.start_drain(criu) {
+                    return Err(and(format!("cannot drain criu's page server: {error}"), frozen.roll_back()));
+                }
                 frozen.find_clean();
                 Ok(frozen)
             }
@@ -234,22 +238,18 @@ impl Frozen {
         Ok((map, lanes, pipes))
     }
 
-    fn start_drain(&mut self, criu: &Criu) {
-        let Some(pipes) = self.tasks.pipes.clone() else { return };
-        let Some(dump) = &self.tasks.dump else { return };
-        let Ok(server) = dump.server.try_clone() else { return };
-        let (post, layout) = (self.serving.post.clone(), criu.layout);
-        self.drained = false;
-        let (lanes, criu) = (self.serving.lanes.clone(), dump.pid());
-        self.tasks.drain = Some(std::thread::spawn(move || {
+    fn start_drain(&mut self, criu: &Criu) -> std::io::Result<()> {
+        let Some(pipes) = self.tasks.pipes.clone() else { return Ok(()) };
+        let Some(dump) = &self.tasks.dump else { return Ok(()) };
+        let (server, criu, layout) = (dump.server.try_clone()?, dump.pid(), criu.layout);
+        let (post, lanes) = (self.serving.post.clone(), self.serving.lanes.clone());
+        let drain = std::thread::Builder::new().name("drain".into()).spawn(move || {
             let mut aside = Aside::new();
             let make_way = || aside.follow(&lanes, threads_of(criu).chain([CALLING_THREAD]));
-            let result = pipes.drain(&server, layout, make_way);
-            if result.is_err() {
-                pipes.give_up();
-            }
-            post.send(Notice::Drained(result));
-        }));
+            post.send(Notice::Drained(pipes.drain(&server, layout, make_way)));
+        })?;
+        (self.tasks.drain, self.drained) = (Some(drain), false);
+        Ok(())
     }
 
     /// The last scan: what pre-copy has sent and nobody has written since need not be sent again. CRIU itself writes a page
@@ -347,8 +347,8 @@ impl Frozen {
                 match session.next([self.serving.notices.as_fd(), mover.interrupt.as_fd()], left) {
                     Ok(Next::Message(message)) => (Event::from(&message), awaited.not_this(message)),
                     Ok(Next::Other(0)) => match self.take_notices(commit) {
-                        Ok(()) => continue,
-                        Err(reason) => (Event::Failing, reason),
+                        None => continue,
+                        Some(failed) => failed,
                     },
                     Ok(Next::Other(_)) => (Event::Interrupted, "interrupted".into()),
                     Ok(Next::TimedOut) => (Event::Broken, awaited.missing()),
@@ -392,26 +392,21 @@ impl Frozen {
         }
     }
 
-    fn take_notices(&self, commit: &mut Commit) -> Result<(), String> {
+    /// What has gone wrong, if anything has.
+    fn take_notices(&self, commit: &mut Commit) -> Option<(Event, String)> {
+        let mut failed = None;
         for notice in self.serving.notices.empty() {
             match notice {
-                Notice::Drained(Ok(())) => commit.drained = true,
-                Notice::Drained(Err(error)) => return Err(self.with_complaint(&error)),
+                Notice::Drained(result) => {
+                    commit.drained = true;
+                    let why = self.tasks.why_undrained(result);
+                    failed = failed.or(why.map(|why| (Event::Undrained, why)));
+                }
                 Notice::Lane(Ok(())) | Notice::AllAcknowledged => {}
-                Notice::Lane(Err(error)) => return Err(error.to_string()),
+                Notice::Lane(Err(error)) => failed = Some((Event::Failing, error.to_string())),
             }
         }
-        Ok(())
-    }
-
-    /// A failed drain is often CRIU's end: then its log says why.
-    fn with_complaint(&self, error: &StoreError) -> String {
-        let Some(dump) = &self.tasks.dump else { return error.to_string() };
-        let ended = host::waiting::readable_within(dump.ended_fd(), Duration::from_millis(100));
-        if matches!(ended, Ok(true)) {
-            return format!("criu ended while it was needed: {} ({error})", dump.complaint());
-        }
-        error.to_string()
+        failed
     }
 
     /// See [`Tasks::roll_back`].
@@ -441,6 +436,25 @@ impl Tasks {
         let result = let_run(&self.tree, &mut self.network, Some(self.fence));
         word.into_iter().for_each(Word::remove);
         result
+    }
+
+    /// Why the drain has failed, if it has. That costs memory here, nothing else: the tasks stay until the release.
+    pub(super) fn why_undrained(&self, result: Result<(), StoreError>) -> Option<String> {
+        let error = result.err()?;
+        let why = match &self.dump {
+            // Often CRIU's end: then its log says why.
+            Some(dump) if dump.has_ended(limits::EXIT_PATIENCE) => {
+                format!("criu ended while it was needed: {} ({error})", dump.complaint())
+            }
+            _ => error.to_string(),
+        };
+        tracing::warn!("{why}: pages stay in the stopped tasks until the destination has them");
+        Some(why)
+    }
+
+    /// Whether the tasks themselves have pages that are nowhere else here.
+    pub(super) fn are_needed(&self) -> bool {
+        self.pipes.as_ref().is_none_or(|pipes| !pipes.is_drained())
     }
 
     /// Ends lanes, drain and CRIU, which holds the tasks by ptrace; they stay stopped.
@@ -510,6 +524,14 @@ pub(super) fn and(reason: String, also: Result<(), String>) -> String {
         Ok(()) => reason,
         Err(also) => format!("{reason}; and {also}"),
     }
+}
+
+/// Tasks whose CRIU ends before the fence stands have run since it dumped them.
+fn still_held(dump: &Dump) -> Result<(), String> {
+    if !dump.has_ended(Duration::ZERO) {
+        return Ok(());
+    }
+    Err(format!("criu ended as soon as it had dumped: {}", dump.complaint()))
 }
 
 fn not_interrupted(mover: &Mover) -> Result<(), String> {

@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::lazy_map::LazyMap;
 use protocol::link::Stream;
-use protocol::units::{PAGE_SIZE, pages_to_bytes};
-use protocol::wire::frame::Kind;
+use protocol::units::pages_to_bytes;
 
 use super::{PageStore, Scratch, StoreError, TaskMemory};
 use crate::ledger::IndexedTaskRun;
@@ -49,19 +48,7 @@ impl PageStore for FrozenStore {
         id: u64,
         link: &Stream,
     ) -> Result<bool, StoreError> {
-        let mut buffer = Vec::new();
-        for (run, id) in runs.iter().zip(id..) {
-            let IndexedTaskRun { what, .. } = run;
-            let bytes = usize::try_from(pages_to_bytes(what.run.pages)).unwrap_or(0);
-            buffer.resize(bytes, 0);
-            let mut filled = 0;
-            while filled < bytes {
-                let at = what.run.start.add((filled / PAGE_SIZE) as u64);
-                filled += self.memory.read(what.task, at, &mut buffer[filled..])?;
-            }
-            let head = what.frame(Kind::Pages, id, bytes);
-            link.send_both(&head, &buffer, false).map_err(StoreError::Link)?;
-        }
+        self.memory.send(runs, id, link)?;
         Ok(true)
     }
 

@@ -6,9 +6,12 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use protocol::lazy_map::LazyMap;
-use protocol::units::{ImageAddr, PAGE_SIZE, TaskId};
+use protocol::link::Stream;
+use protocol::units::{ImageAddr, PAGE_SIZE, TaskId, pages_to_bytes};
+use protocol::wire::frame::Kind;
 
 use super::{StoreError, leading};
+use crate::ledger::IndexedTaskRun;
 
 /// Reads the memory of stopped tasks through `/proc/PID/mem`, which also reads `PROT_NONE` pages
 /// (`process_vm_readv` does not).
@@ -62,5 +65,26 @@ impl TaskMemory {
     pub fn read_indexed(&self, map: &LazyMap, first: u64, pages: &mut [u8]) -> Result<u64, StoreError> {
         let Some((task, addr, follow)) = map.locate(first) else { return Ok(0) };
         Ok((self.read(task, addr, leading(pages, follow))? / PAGE_SIZE) as u64)
+    }
+
+    /// Sends runs, each as a frame numbered from `id` on.
+    ///
+    /// # Errors
+    /// As [`TaskMemory::read`]; [`StoreError::Link`].
+    pub fn send(&self, runs: &[IndexedTaskRun], id: u64, link: &Stream) -> Result<(), StoreError> {
+        let mut buffer = Vec::new();
+        for (run, id) in runs.iter().zip(id..) {
+            let IndexedTaskRun { what, .. } = run;
+            let bytes = usize::try_from(pages_to_bytes(what.run.pages)).unwrap_or(0);
+            buffer.resize(bytes, 0);
+            let mut filled = 0;
+            while filled < bytes {
+                let at = what.run.start.add((filled / PAGE_SIZE) as u64);
+                filled += self.read(what.task, at, &mut buffer[filled..])?;
+            }
+            let head = what.frame(Kind::Pages, id, bytes);
+            link.send_both(&head, &buffer, false).map_err(StoreError::Link)?;
+        }
+        Ok(())
     }
 }

@@ -17,8 +17,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use host::waiting;
 use nix::fcntl::{SpliceFFlags, splice};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use protocol::criu::page_server::{Header, HeaderBuf, HeaderLayout, MAX_HEADER_LEN};
 use protocol::lazy_map::LazyMap;
 use protocol::link::Stream;
@@ -41,6 +41,15 @@ enum Chunk {
     Freed,
 }
 
+/// How far the drain is.
+#[derive(Debug)]
+struct Drain {
+    /// Chunks drained so far.
+    chunks: u64,
+    /// No more will come: pages of other chunks stay in the stopped tasks.
+    over: bool,
+}
+
 /// Pages in pipes.
 #[derive(Debug)]
 pub struct PipeStore {
@@ -48,8 +57,8 @@ pub struct PipeStore {
     memory: Arc<TaskMemory>,
     chunk_pages: u64,
     chunks: Vec<Mutex<Chunk>>,
-    /// Chunks drained so far; the condition variable goes with it.
-    drained: Mutex<u64>,
+    /// The condition variable goes with it.
+    drain: Mutex<Drain>,
     progress: Condvar,
     given_up: AtomicBool,
     held_pages: AtomicU64,
@@ -80,7 +89,7 @@ impl PipeStore {
             memory,
             chunk_pages,
             chunks,
-            drained: Mutex::new(0),
+            drain: Mutex::new(Drain { chunks: 0, over: false }),
             progress: Condvar::new(),
             given_up: AtomicBool::new(false),
             null: null(),
@@ -119,7 +128,7 @@ impl PipeStore {
             memory,
             chunk_pages,
             chunks,
-            drained: Mutex::new(count),
+            drain: Mutex::new(Drain { chunks: count, over: true }),
             progress: Condvar::new(),
             given_up: AtomicBool::new(false),
             held_pages: AtomicU64::new(held_pages),
@@ -137,10 +146,10 @@ impl PipeStore {
         each(&pipes.collect::<Vec<_>>())
     }
 
-    /// Whether every chunk has been drained.
+    /// Whether every chunk has been drained; else the stopped tasks are needed until the release.
     #[must_use]
     pub fn is_drained(&self) -> bool {
-        *lock(&self.drained) == self.chunks.len() as u64
+        lock(&self.drain).chunks == self.chunks.len() as u64
     }
 
     /// Lets nobody wait for chunks any more that will not come.
@@ -152,13 +161,28 @@ impl PipeStore {
     /// Drains CRIU's page server: one request per lazy run, its pages moved by reference. Calls `each` before every one.
     ///
     /// # Errors
-    /// [`StoreError`]; nothing is lost, the tasks still have every page.
+    /// [`StoreError`]; nothing is lost, the tasks still have every page and those that were not drained are read from them.
     pub fn drain(
+        &self,
+        server: &UnixStream,
+        layout: HeaderLayout,
+        each: impl FnMut(),
+    ) -> Result<(), StoreError> {
+        let result = self.fill(server, layout, each);
+        lock(&self.drain).over = true;
+        self.progress.notify_all();
+        result
+    }
+
+    fn fill(
         &self,
         server: &UnixStream,
         layout: HeaderLayout,
         mut each: impl FnMut(),
     ) -> Result<(), StoreError> {
+        // One that was stopped by hand would be waited for without end.
+        let limit = Some(limits::PAGE_SERVER_TIMEOUT);
+        server.set_read_timeout(limit).map_err(StoreError::io("ask criu's page server"))?;
         let mut filling = Filling { store: self, chunk: 0, pipe: None, pages: 0 };
         for task in self.map.tasks() {
             for indexed in &task.runs {
@@ -189,13 +213,14 @@ impl PipeStore {
         }
     }
 
+    /// Waits until a chunk is drained, or none is any more.
     fn wait_drained(&self, chunk: u64) -> Result<(), StoreError> {
-        let mut drained = lock(&self.drained);
-        while *drained <= chunk {
+        let mut drain = lock(&self.drain);
+        while drain.chunks <= chunk && !drain.over {
             if self.given_up.load(Ordering::SeqCst) {
                 return Err(StoreError::GivenUp);
             }
-            drained = self.progress.wait(drained).unwrap_or_else(PoisonError::into_inner);
+            drain = self.progress.wait(drain).unwrap_or_else(PoisonError::into_inner);
         }
         Ok(())
     }
@@ -268,7 +293,7 @@ impl Filling<'_> {
         self.store.set(self.chunk, Chunk::Held(reader));
         self.chunk += 1;
         self.pages = 0;
-        *lock(&self.store.drained) = self.chunk;
+        lock(&self.store.drain).chunks = self.chunk;
         self.store.progress.notify_all();
     }
 }
@@ -290,12 +315,10 @@ fn move_bytes(server: &UnixStream, pipe: &OwnedFd, bytes: u64) -> Result<(), Sto
 }
 
 fn wait_for_bytes(server: &UnixStream) -> io::Result<()> {
-    const PATIENCE_MS: u16 = 10_000;
-    let mut fds = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut fds, PollTimeout::from(PATIENCE_MS)) {
-        Ok(0) => Err(io::ErrorKind::TimedOut.into()),
-        Ok(_) | Err(nix::Error::EINTR) => Ok(()),
-        Err(error) => Err(error.into()),
+    match waiting::readable_within(server.as_fd(), limits::PAGE_SERVER_TIMEOUT) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(io::ErrorKind::TimedOut.into()),
+        Err(error) => Err(error),
     }
 }
 
@@ -305,7 +328,8 @@ impl PageStore for PipeStore {
     }
 
     fn chunks_at_hand(&self) -> u64 {
-        *lock(&self.drained)
+        let drain = lock(&self.drain);
+        if drain.over { u64::MAX } else { drain.chunks }
     }
 
     fn read(&self, scratch: &mut Scratch, first: u64, pages: &mut [u8]) -> Result<u64, StoreError> {
@@ -351,8 +375,17 @@ impl PageStore for PipeStore {
         {
             // The duplicate holds the pages: the chunk may be freed while they are being sent.
             let chunk = lock(chunk);
-            let Chunk::Held(pipe) = &*chunk else { return Ok(false) };
-            scratch.duplicate(pipe.as_fd(), end).map_err(StoreError::io("duplicate a chunk"))?;
+            match &*chunk {
+                Chunk::Held(pipe) => {
+                    scratch.duplicate(pipe.as_fd(), end).map_err(StoreError::io("duplicate a chunk"))?;
+                }
+                Chunk::Freed => return Ok(false),
+                Chunk::Waiting => {
+                    drop(chunk);
+                    self.memory.send(runs, id, link)?;
+                    return Ok(true);
+                }
+            }
         }
         let mut at = 0;
         for (run, id) in runs.iter().zip(id..) {

@@ -315,6 +315,12 @@ impl Source {
         if self.pause.is_some() { self.go_on(host, net) } else { self.listen(host) }
     }
 
+    /// CRIU has ended before everything was in pipes.
+    pub fn drain_fails(&mut self, host: &mut Host) {
+        host.serve_frozen();
+        self.event(Event::Undrained, host);
+    }
+
     fn listen(&mut self, host: &mut Host) -> bool {
         match self.control.receive() {
             Ok(None) => false,

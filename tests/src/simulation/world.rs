@@ -133,6 +133,8 @@ impl World {
         let turn_of = |actor: &Actor| match actor {
             // For as long as pre-copy takes, but not through a lost link.
             Actor::Writers => Turn { left: chance.between(0, 400), ..turn(chance.between(10, 500)) },
+            // On a busy host it is not over when the tasks run.
+            Actor::Drain if chance.once_in(3) => turn(chance.between(MS, 30 * MS)),
             _ => turn(chance.between(1, 1 + chance.between(0, 200))),
         };
         let turns = PROGRAMS.iter().map(turn_of).collect();
@@ -348,9 +350,8 @@ impl World {
                 let host = &mut self.source_host;
                 if host.dump_lives && !host.drained && host.pages.is_some() {
                     host.dump_lives = false;
-                    let event = if host.promised { SourceEvent::Broken } else { SourceEvent::Failing };
                     if let Some(source) = self.source.as_mut().filter(|source| source.ending().is_none()) {
-                        source.event(event, host);
+                        source.drain_fails(host);
                     }
                 }
             }

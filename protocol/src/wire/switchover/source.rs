@@ -33,7 +33,7 @@ pub enum State {
 /// What a release needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Progress {
-    /// Every page is in the store.
+    /// The drain is over: the pages are in pipes, or stay in the stopped tasks.
     pub drained: bool,
     /// CRIU has ended, and the tasks are killed unless they are the store.
     pub let_go: bool,
@@ -74,7 +74,7 @@ pub enum Event {
         /// They do.
         stands: bool,
     },
-    /// A lane, the drain, or sending `Commit` failed; the control connection can perhaps still be read.
+    /// A lane, or sending `Commit` failed; the control connection can perhaps still be read.
     Failing,
     /// The control connection is lost.
     Lost,
@@ -86,6 +86,8 @@ pub enum Event {
     Interrupted,
     /// Every page is in the store.
     Drained,
+    /// The drain has failed: pages stay in the stopped tasks.
+    Undrained,
     /// [`Action::LetGo`] is done.
     HasLetGo,
     /// Every page was acknowledged.
@@ -124,7 +126,7 @@ pub enum Action {
     Push,
     /// Close what is left of the connections and make new ones.
     Resume,
-    /// End CRIU, and kill the tasks if their pages are elsewhere.
+    /// End CRIU, and kill the tasks if all of their pages are elsewhere.
     LetGo,
     /// End the move.
     End(Ending),
@@ -137,7 +139,8 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
         (State::Ended(ending), _) => end(ending),
 
         (State::Preparing { failing: false }, Event::Prepared) => (State::Checking, Action::CheckFence),
-        (State::Preparing { .. }, Event::Failing) => {
+        // CRIU's end may have unlocked the network: better back while there is a way.
+        (State::Preparing { .. }, Event::Failing | Event::Undrained) => {
             (State::Preparing { failing: true }, Action::AwaitReason)
         }
         (State::Checking, Event::Fence { stands: true }) => {
@@ -162,6 +165,10 @@ pub const fn decide(state: State, event: Event) -> (State, Action) {
         (State::Refused, Event::RolledBack) => end(Ending::LetRun),
         (State::Refused, Event::Failing) => (state, Action::Wait),
         (State::Committed { .. } | State::Refused | State::Pushing(_), Event::Interrupted) => {
+            (state, Action::Wait)
+        }
+        // The tasks have every page.
+        (State::Committed { .. } | State::Refused | State::Paused(None), Event::Undrained) => {
             (state, Action::Wait)
         }
         // The destination may run: never back.
@@ -193,10 +200,12 @@ const fn pause(progress: Option<Progress>) -> (State, Action) {
 
 const fn push(mut progress: Progress, event: Event) -> (State, Action) {
     match event {
-        Event::Drained if !progress.drained => {
+        Event::Drained | Event::Undrained if !progress.drained => {
             progress.drained = true;
             return (State::Pushing(progress), Action::LetGo);
         }
+        // Said again behind new connections.
+        Event::Drained | Event::Undrained => {}
         Event::HasLetGo => progress.let_go = progress.drained,
         Event::Acknowledged => progress.acknowledged = true,
         Event::Complete => progress.complete = true,

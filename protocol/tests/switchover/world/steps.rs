@@ -50,6 +50,13 @@ impl World {
         );
         let drains = self.fenced && self.dump_serves && self.store == Store::Pipes && !self.in_pipes;
         self.step(steps, drains, Kind::Progress, "source: drained", |world| world.in_pipes = true);
+        let undrained = self.fenced && self.store == Store::Pipes && !self.in_pipes;
+        let kind = if self.dump_serves { Kind::Fault } else { Kind::Progress };
+        self.step(steps, undrained, kind, "source: the drain fails", |world| {
+            // The tasks themselves are what it serves from.
+            world.store = Store::Frozen;
+            world.source_event(rules, Event::Undrained);
+        });
         self.step(
             steps,
             preparing && self.fenced && !self.dumped,
