@@ -383,8 +383,12 @@ impl State {
     }
 
     /// A thread whose event was read goes on.
-    pub fn go_on(&mut self, thread: usize) {
+    pub const fn go_on(&mut self) {
         self.changing = self.changing.saturating_sub(1);
+    }
+
+    /// [`State::remap`] returns: its thread has heard of every event.
+    pub fn has_arrived(&mut self, thread: usize) {
         self.arriving.remove(&thread);
     }
 

@@ -95,7 +95,7 @@ impl Thread {
             Doing::Nothing => self.begin(&mut state, chance, memory, spaces),
             Doing::Touch { page, write } => self.touch(&mut state, page, write),
             Doing::Drop { pages, told: false } => {
-                state.go_on(self.number);
+                state.go_on();
                 Doing::Drop { pages, told: true }
             }
             Doing::Drop { pages, told: true } => {
@@ -103,20 +103,21 @@ impl Thread {
                 Doing::Nothing
             }
             Doing::Unmap => {
-                state.go_on(self.number);
+                state.go_on();
                 Doing::Nothing
             }
             Doing::Remap { from, to, once_more } => {
-                state.go_on(self.number);
+                state.go_on();
                 if once_more {
                     state.announce_move(self.number, &from, to);
                     Doing::Remap { from, to, once_more: false }
                 } else {
+                    state.has_arrived(self.number);
                     Doing::Nothing
                 }
             }
             Doing::Fork { child } => {
-                state.go_on(self.number);
+                state.go_on();
                 born = Some(child);
                 Doing::Nothing
             }
@@ -173,6 +174,7 @@ impl Thread {
                 }
                 let once_more = state.remap(self.number, &from, to);
                 if state.waits(self.number) == Waits::No {
+                    state.has_arrived(self.number);
                     return Doing::Nothing;
                 }
                 // Without a second event the first may have been either.
