@@ -11,8 +11,9 @@
 //!
 //! So a change that was read waits until the kernel says that none is under way any more. What was read until then took effect in
 //! some order: in the one whose result the kernel confirms. It is asked which places are registered, in the space and in its
-//! children; of several orders that fit, the nearest to the one of the events is taken. What an `mremap` tells of was
-//! registered until then: without lazy pages it still says whether a child was forked before or behind.
+//! children; of several orders that fit, the nearest to the one of the events is taken, but an `mremap` unmaps what is at its
+//! target before anything else does. What it tells of was registered until then: without lazy pages it still says whether a child
+//! was forked before or behind.
 //!
 //! `MADV_DONTNEED` reports first and drops afterwards: whatever was read before it had taken effect before.
 
@@ -316,8 +317,32 @@ fn change(layout: &mut Layout, what: What, moved: &mut HashSet<TaskAddr>) {
     }
 }
 
-/// Every order that these changes can have had, the nearest to the one they were read in first.
+/// Every order that these changes can have had: those first in which an `mremap` comes behind the unmapping of its target, which
+/// it reports before itself.
 fn orders(changes: &[What]) -> impl Iterator<Item = Order> {
+    let is_target = |unmap: &What, remap: &What| match (*unmap, *remap) {
+        (What::Unmapped { start, end }, What::Remapped { to, pages, .. }) => {
+            (to, to.add(pages)) == (start, end)
+        }
+        _ => false,
+    };
+    let pairs: Vec<(usize, usize)> = (0..changes.len())
+        .flat_map(|later| (0..later).map(move |earlier| (earlier, later)))
+        .filter(|(earlier, later)| is_target(&changes[*earlier], &changes[*later]))
+        .collect();
+    let kept = move |order: &Order| {
+        let place = |number| order.0.iter().position(|other| *other == number);
+        pairs.iter().all(|(unmap, remap)| place(*unmap) < place(*remap))
+    };
+    let others = all_orders(changes).filter({
+        let kept = kept.clone();
+        move |order| !kept(order)
+    });
+    all_orders(changes).filter(kept).chain(others)
+}
+
+/// Every order, the nearest to the one they were read in first.
+fn all_orders(changes: &[What]) -> impl Iterator<Item = Order> {
     let first: Vec<usize> = (0..changes.len()).filter(|at| !changes[*at].is_removal()).collect();
     let removals: Vec<usize> = (0..changes.len()).filter(|at| changes[*at].is_removal()).collect();
     let mut seen = HashSet::from([first.clone()]);
@@ -522,6 +547,19 @@ mod tests {
             assert_eq!(family.fault(child, addr(17)), there);
             assert_eq!(family.fault(root, addr(17)), Resolution::Zero);
         }
+    }
+
+    #[test]
+    fn what_was_at_the_target_of_a_move_was_unmapped_by_it() {
+        // 32 to 16, which goes on to 100: read as the unmapping of 16, its move, and the move to it.
+        let (mut family, root, kernel) = family();
+        kernel.remap(32, 16, 4);
+        kernel.remap(16, 100, 4);
+        family.changed(root, unmapped(16, 4));
+        family.changed(root, remapped(16, 100, 4));
+        family.changed(root, remapped(32, 16, 4));
+        assert!(matches!(family.rest(root).unwrap(), Rest::Ordered(_)));
+        assert_eq!(family.fault(root, addr(101)), Resolution::Ask(5));
     }
 
     #[test]
