@@ -12,8 +12,8 @@
 //! So a change that was read waits until the kernel says that none is under way any more. What was read until then took effect in
 //! some order: in the one whose result the kernel confirms. It is asked which places are registered, in the space and in its
 //! children; of several orders that fit, the nearest to the one of the events is taken, but an `mremap` unmaps what is at its
-//! target before anything else does. What it tells of was registered until then: without lazy pages it still says whether a child
-//! was forked before or behind.
+//! target before anything else does. What it tells of was registered until then, and what was at its target was not, or was
+//! reported: without lazy pages either still says whether a child was forked before or behind.
 //!
 //! `MADV_DONTNEED` reports first and drops afterwards: whatever was read before it had taken effect before.
 
@@ -197,14 +197,15 @@ pub(super) fn find_order(
     let mut found: Option<(usize, Order)> = None;
     let before = layout(space, changes, children);
     for order in orders(changes).take(limits::ORDERS_TRIED) {
-        let mut wrong = 0;
-        let (layouts, moved) = layouts(&before, changes, children, &order);
+        let (layouts, told) = layouts(&before, changes, children, &order);
+        let mut wrong = told.registered.intersection(&told.unregistered).count();
         for (who, after) in layouts {
             for (at, content) in after {
                 let expected = match content {
                     Content::Lazy => true,
                     Content::Nothing => false,
-                    Content::Unknown(Some(origin)) if moved.contains(&origin) => true,
+                    Content::Unknown(Some(origin)) if told.registered.contains(&origin) => true,
+                    Content::Unknown(Some(origin)) if told.unregistered.contains(&origin) => false,
                     Content::Unknown(_) => continue,
                 };
                 let registered = match known.get(&(who, at)) {
@@ -271,30 +272,38 @@ fn layout(space: &Space, changes: &[What], children: &[Child<'_>]) -> Layout {
     cuts.into_iter().map(|at| (at, content(at))).collect()
 }
 
-/// What is where after these changes in an order: in the space itself, and in its children, which went on since. And what was
-/// not known to be registered, and was: an event told of its move.
+/// What events of moves tell of places that are not known: by where these were.
+#[derive(Default)]
+struct Told {
+    /// It was moved.
+    registered: HashSet<TaskAddr>,
+    /// Something was moved there, and nothing had to be unmapped.
+    unregistered: HashSet<TaskAddr>,
+}
+
+/// What is where after these changes in an order: in the space itself, and in its children, which went on since.
 fn layouts(
     before: &Layout,
     changes: &[What],
     children: &[Child<'_>],
     order: &Order,
-) -> (Vec<(Option<SpaceId>, Layout)>, HashSet<TaskAddr>) {
-    let (mut after, mut born, mut moved) = (before.clone(), Vec::new(), HashSet::new());
+) -> (Vec<(Option<SpaceId>, Layout)>, Told) {
+    let (mut after, mut born, mut told) = (before.clone(), Vec::new(), Told::default());
     for what in order.positions().filter_map(|position| changes.get(position)) {
         if let What::Forked { child } = what {
             let mut layout = after.clone();
             let since =
                 children.iter().find(|other| other.id == *child).map_or(&[][..], |child| child.changes);
-            since.iter().for_each(|what| change(&mut layout, *what, &mut moved));
+            since.iter().for_each(|what| change(&mut layout, *what, &mut told));
             born.push((Some(*child), layout));
         }
-        change(&mut after, *what, &mut moved);
+        change(&mut after, *what, &mut told);
     }
     born.push((None, after));
-    (born, moved)
+    (born, told)
 }
 
-fn change(layout: &mut Layout, what: What, moved: &mut HashSet<TaskAddr>) {
+fn change(layout: &mut Layout, what: What, told: &mut Told) {
     match what {
         What::Unmapped { start, end } if start < end => {
             layout.range_mut(start..end).for_each(|(_, content)| *content = Content::Nothing);
@@ -305,9 +314,14 @@ fn change(layout: &mut Layout, what: What, moved: &mut HashSet<TaskAddr>) {
                 .range(to..to.add(pages))
                 .map(|(at, _)| (*at, source(*at).unwrap_or(Content::Unknown(None))))
                 .collect();
+            for (_, content) in layout.range(to..to.add(pages)) {
+                if let Content::Unknown(Some(origin)) = *content {
+                    told.unregistered.insert(origin);
+                }
+            }
             for (_, content) in layout.range_mut(from..from.add(pages)) {
                 if let Content::Unknown(Some(origin)) = *content {
-                    moved.insert(origin);
+                    told.registered.insert(origin);
                 }
                 *content = Content::Nothing;
             }
@@ -546,6 +560,24 @@ mod tests {
             let there = if forked_first { Resolution::Ask(1) } else { Resolution::Zero };
             assert_eq!(family.fault(child, addr(17)), there);
             assert_eq!(family.fault(root, addr(17)), Resolution::Zero);
+        }
+    }
+
+    #[test]
+    fn what_is_moved_to_where_nothing_was_is_not_there_before() {
+        // The child has unmapped where it would be if it was forked first.
+        for forked_first in [true, false] {
+            let (mut family, root, kernel) = family();
+            let early = kernel.fork();
+            kernel.remap(16, 100, 4);
+            let child = if forked_first { early } else { kernel.fork() };
+            child.unmap(16..20);
+            let child = family.forked(root, child).unwrap();
+            family.changed(child, unmapped(16, 4));
+            family.changed(root, remapped(16, 100, 4));
+            family.rest(root).unwrap();
+            let there = if forked_first { Resolution::Zero } else { Resolution::Ask(1) };
+            assert_eq!(family.fault(child, addr(101)), there);
         }
     }
 
