@@ -175,8 +175,16 @@ pub fn has_ended(pid: u32) -> bool {
     matches!(state(pid), Err(_) | Ok('Z' | 'X'))
 }
 
+/// Whether a process has given its memory back: it has ended, or is about to.
+#[must_use]
+pub fn has_no_memory(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/statm")).map_or(true, |sizes| sizes.starts_with("0 "))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -186,7 +194,18 @@ mod tests {
         assert_eq!(tree.root().pid, me);
         assert!(tree.root().threads.contains(&tree.root().id.0));
         assert!(tree.memory_bytes() > 0);
-        assert!(!has_ended(me));
+        assert!(!has_ended(me) && !has_no_memory(me));
+    }
+
+    #[test]
+    fn who_has_ended_has_no_memory() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        let ended = PidFd::open(pid).unwrap();
+        assert!(host::waiting::readable_within(ended.as_fd(), std::time::Duration::from_secs(60)).unwrap());
+        assert!(has_no_memory(pid), "a zombie has none");
+        child.wait().unwrap();
+        assert!(has_no_memory(pid));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::page_map::{Entry, PageMap};
 use super::{Method, Pass, Round, Run, TaskRound, Tracker, areas, empty_round};
-use crate::process::{ProcessTree, Task, has_ended};
+use crate::process::{ProcessTree, Task, has_no_memory};
 
 /// Pages that are read at a time.
 const CHUNK_PAGES: u64 = 256;
@@ -82,7 +82,7 @@ impl Content {
         let mut round = Round::default();
         for task in &tree.tasks {
             let found = self.scan_task(task, |at, entry| look(task.id, at, entry));
-            let found = found.or_else(|error| match has_ended(task.pid) {
+            let found = found.or_else(|error| match has_no_memory(task.pid) {
                 true => Ok(None),
                 false => Err(error),
             });

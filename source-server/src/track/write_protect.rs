@@ -34,7 +34,7 @@ use protocol::units::{ImageAddr, PAGE_BYTES, PageRun, TaskId, bytes_to_pages, pa
 
 use super::areas::{self, Roomy};
 use super::{Method, Pass, Round, Run, Stop, TaskRound, Tracker, empty_round};
-use crate::process::{ProcessTree, Task, has_ended};
+use crate::process::{ProcessTree, Task, has_no_memory};
 
 /// How often an area that changes is tried again before its pages are taken as they are.
 const TRIES: usize = 3;
@@ -151,7 +151,7 @@ impl WriteProtect {
                 }
                 Err(Broken::Failed(why)) => round.untracked = Some(why),
             }
-            if has_ended(task.pid) {
+            if has_no_memory(task.pid) {
                 return None;
             }
         }
