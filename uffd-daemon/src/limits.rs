@@ -27,7 +27,8 @@ pub const WHOLE_PATIENCE: Duration = Duration::from_secs(60);
 /// Changes of address spaces that the journal of a move has room for: 64 MiB, if all of it is used. A task that
 /// changes its mappings ten thousand times a second fills it in three minutes.
 pub const JOURNAL_CHANGES: usize = (64 << 20) / 40;
-/// Orders that changes under way together are tried in: all of five, and of more the nearest to the one they were read in.
+/// Orders that changes under way together are tried in: all of five, and of more the nearest to the one they were read in. If
+/// none of these fits, better ones than the best are looked for step by step.
 pub const ORDERS_TRIED: usize = 200;
 /// Places that the kernel is asked about for them.
 pub const ORDER_POINTS: usize = 512;

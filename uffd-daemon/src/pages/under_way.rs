@@ -12,8 +12,8 @@
 //! So a change that was read waits until the kernel says that none is under way any more. What was read until then took effect in
 //! some order: in the one whose result the kernel confirms. It is asked which places are registered, in the space and in its
 //! children; of several orders that fit, the nearest to the one of the events is taken, but an `mremap` unmaps what is at its
-//! target before anything else does. What it tells of was registered until then, and what was at its target was not, or was
-//! reported: without lazy pages either still says whether a child was forked before or behind.
+//! target before anything else does. That an event was sent says something, too: what was moved or unmapped was registered until
+//! then, and what was at the target of a move was not, or its unmapping was reported.
 //!
 //! `MADV_DONTNEED` reports first and drops afterwards: whatever was read before it had taken effect before.
 
@@ -119,6 +119,21 @@ impl Order {
         self.0.iter().enumerate().all(|(position, number)| position == *number)
     }
 
+    /// Those in which one of the changes has another place. A removal stays behind all that was read before it.
+    fn neighbours(&self, changes: &[What]) -> impl Iterator<Item = Self> + use<> {
+        let is_removal = |number: &usize| changes[*number].is_removal();
+        let (mut removals, others): (Vec<usize>, Vec<usize>) = self.0.iter().copied().partition(is_removal);
+        removals.sort_unstable();
+        let count = others.len();
+        let places = move |from| (0..count).filter(move |to| *to != from).map(move |to| (from, to));
+        (0..count).flat_map(places).map(move |(from, to)| {
+            let mut order = others.clone();
+            let moved = order.remove(from);
+            order.insert(to, moved);
+            with_removals(order, &removals)
+        })
+    }
+
     pub(super) fn positions(&self) -> impl Iterator<Item = usize> + '_ {
         self.0.iter().copied()
     }
@@ -194,11 +209,11 @@ pub(super) fn find_order(
     mut probe: impl FnMut(Option<SpaceId>, TaskAddr) -> io::Result<Probe>,
 ) -> io::Result<Option<Order>> {
     let mut known = HashMap::new();
-    let mut found: Option<(usize, Order)> = None;
     let before = layout(space, changes, children);
-    for order in orders(changes).take(limits::ORDERS_TRIED) {
-        let (layouts, told) = layouts(&before, changes, children, &order);
-        let mut wrong = told.registered.intersection(&told.unregistered).count();
+    // How many places are not as this order would have them; nothing if something is changing.
+    let mut judge = |order: &Order| -> io::Result<Option<usize>> {
+        let (layouts, told) = layouts(&before, changes, children, order);
+        let mut wrong = told.impossible + told.registered.intersection(&told.unregistered).count();
         for (who, after) in layouts {
             for (at, content) in after {
                 let expected = match content {
@@ -224,18 +239,36 @@ pub(super) fn find_order(
                 wrong += usize::from(registered.is_some_and(|registered| registered != expected));
             }
         }
-        if found.as_ref().is_none_or(|(least, _)| wrong < *least) {
-            found = Some((wrong, order));
+        Ok(Some(wrong))
+    };
+    let mut found = (usize::MAX, Order::as_read(changes.len()));
+    for order in orders(changes).take(limits::ORDERS_TRIED) {
+        let Some(wrong) = judge(&order)? else { return Ok(None) };
+        if wrong < found.0 {
+            found = (wrong, order);
         }
-        if wrong == 0 {
+        if found.0 == 0 {
             break;
         }
+    }
+    // Of more changes than can be tried in every order: one step after the other to less that is wrong.
+    while found.0 > 0 {
+        let mut better = None;
+        for order in found.1.neighbours(changes) {
+            let Some(wrong) = judge(&order)? else { return Ok(None) };
+            if wrong < found.0 {
+                better = Some((wrong, order));
+                break;
+            }
+        }
+        let Some(better) = better else { break };
+        found = better;
     }
     // A change that has begun meanwhile may have taken effect before a place was looked up.
     if probe(None, ANYWHERE)? == Probe::Changing {
         return Ok(None);
     }
-    Ok(found.map(|(_, order)| order))
+    Ok(Some(found.1))
 }
 
 /// What is where before any of these changes.
@@ -272,13 +305,15 @@ fn layout(space: &Space, changes: &[What], children: &[Child<'_>]) -> Layout {
     cuts.into_iter().map(|at| (at, content(at))).collect()
 }
 
-/// What events of moves tell of places that are not known: by where these were.
+/// What events tell beyond what they are about: the kernel sends them for what is registered, and no others.
 #[derive(Default)]
 struct Told {
-    /// It was moved.
+    /// What was not known, and was moved: by where it was.
     registered: HashSet<TaskAddr>,
-    /// Something was moved there, and nothing had to be unmapped.
+    /// What was not known, and something was moved there without an unmapping.
     unregistered: HashSet<TaskAddr>,
+    /// Changes that would not have been reported like this.
+    impossible: usize,
 }
 
 /// What is where after these changes in an order: in the space itself, and in its children, which went on since.
@@ -306,6 +341,10 @@ fn layouts(
 fn change(layout: &mut Layout, what: What, told: &mut Told) {
     match what {
         What::Unmapped { start, end } if start < end => {
+            let mut unmapped = layout.range(start..end).peekable();
+            let reported =
+                unmapped.peek().is_none() || unmapped.any(|(_, content)| *content != Content::Nothing);
+            told.impossible += usize::from(!reported);
             layout.range_mut(start..end).for_each(|(_, content)| *content = Content::Nothing);
         }
         What::Remapped { from, to, pages } => {
@@ -314,17 +353,22 @@ fn change(layout: &mut Layout, what: What, told: &mut Told) {
                 .range(to..to.add(pages))
                 .map(|(at, _)| (*at, source(*at).unwrap_or(Content::Unknown(None))))
                 .collect();
+            let mut possible = true;
             for (_, content) in layout.range(to..to.add(pages)) {
-                if let Content::Unknown(Some(origin)) = *content {
-                    told.unregistered.insert(origin);
+                match *content {
+                    Content::Unknown(Some(origin)) => drop(told.unregistered.insert(origin)),
+                    Content::Unknown(None) | Content::Nothing => {}
+                    Content::Lazy => possible = false,
                 }
             }
             for (_, content) in layout.range_mut(from..from.add(pages)) {
-                if let Content::Unknown(Some(origin)) = *content {
-                    told.registered.insert(origin);
+                match std::mem::replace(content, Content::Nothing) {
+                    Content::Unknown(Some(origin)) => drop(told.registered.insert(origin)),
+                    Content::Unknown(None) | Content::Lazy => {}
+                    Content::Nothing => possible = false,
                 }
-                *content = Content::Nothing;
             }
+            told.impossible += usize::from(!possible);
             layout.extend(arrived);
         }
         What::Unmapped { .. } | What::Removed { .. } | What::Forked { .. } => {}
@@ -357,23 +401,17 @@ fn orders(changes: &[What]) -> impl Iterator<Item = Order> {
 
 /// Every order, the nearest to the one they were read in first.
 fn all_orders(changes: &[What]) -> impl Iterator<Item = Order> {
-    let first: Vec<usize> = (0..changes.len()).filter(|at| !changes[*at].is_removal()).collect();
-    let removals: Vec<usize> = (0..changes.len()).filter(|at| changes[*at].is_removal()).collect();
-    let mut seen = HashSet::from([first.clone()]);
+    let first = Order::as_read(changes.len());
+    let mut seen = HashSet::from([first.0.clone()]);
     let mut open = VecDeque::from([first]);
     std::iter::from_fn(move || {
         let next = open.pop_front()?;
-        for from in 0..next.len() {
-            for to in (0..next.len()).filter(|to| *to != from) {
-                let mut other = next.clone();
-                let moved = other.remove(from);
-                other.insert(to, moved);
-                if seen.len() < limits::ORDERS_TRIED && seen.insert(other.clone()) {
-                    open.push_back(other);
-                }
+        for other in next.neighbours(changes) {
+            if seen.len() < limits::ORDERS_TRIED && seen.insert(other.0.clone()) {
+                open.push_back(other);
             }
         }
-        Some(with_removals(next, &removals))
+        Some(next)
     })
 }
 
@@ -565,20 +603,34 @@ mod tests {
 
     #[test]
     fn what_is_moved_to_where_nothing_was_is_not_there_before() {
-        // The child has unmapped where it would be if it was forked first.
+        // The child has unmapped where it would be if it was forked first, and something else beside it.
         for forked_first in [true, false] {
-            let (mut family, root, kernel) = family();
+            let (mut family, root, kernel) = family_with(8..12);
             let early = kernel.fork();
             kernel.remap(16, 100, 4);
             let child = if forked_first { early } else { kernel.fork() };
-            child.unmap(16..20);
+            child.unmap(8..20);
             let child = family.forked(root, child).unwrap();
-            family.changed(child, unmapped(16, 4));
+            family.changed(child, unmapped(8, 12));
             family.changed(root, remapped(16, 100, 4));
             family.rest(root).unwrap();
             let there = if forked_first { Resolution::Zero } else { Resolution::Ask(1) };
             assert_eq!(family.fault(child, addr(101)), there);
         }
+    }
+
+    #[test]
+    fn a_chain_of_moves_that_is_read_backwards_is_put_right() {
+        let (mut family, root, kernel) = family();
+        let places: Vec<u64> = (0..9).map(|number| 16 + 100 * number).collect();
+        for step in places.windows(2) {
+            kernel.remap(step[0], step[1], 4);
+        }
+        for step in places.windows(2).rev() {
+            family.changed(root, remapped(step[0], step[1], 4));
+        }
+        assert!(matches!(family.rest(root).unwrap(), Rest::Ordered(_)));
+        assert_eq!(family.fault(root, addr(places[8] + 1)), Resolution::Ask(1));
     }
 
     #[test]
