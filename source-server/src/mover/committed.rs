@@ -14,7 +14,9 @@ use protocol::wire::control::{Control, Summary};
 use protocol::wire::hello::SessionId;
 use protocol::wire::switchover::source::{Action, Ending, Event, Switchover};
 
-use super::frozen::{Answer, Commit, Frozen, Notice, Serving, Tasks, Why, and, error_event, lost};
+use super::frozen::{
+    Answer, Commit, Frozen, Notice, Serving, Tasks, Why, and, error_event, goes_on_undrained, lost,
+};
 use super::redial::Failure;
 use super::session::{Next, Session};
 use super::{MoveError, Mover};
@@ -186,6 +188,7 @@ impl Committed {
     fn drain_is_over(&mut self, result: Result<(), StoreError>) -> Option<Event> {
         self.drained = true;
         let why = self.tasks.as_ref().and_then(|tasks| tasks.why_undrained(result));
+        why.iter().for_each(|why| goes_on_undrained(why));
         self.runs.then_some(if why.is_none() { Event::Drained } else { Event::Undrained })
     }
 

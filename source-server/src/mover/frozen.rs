@@ -364,11 +364,13 @@ impl Frozen {
                     commit.answer = Answer::Lost(what);
                     return Ok(());
                 }
-                Action::Wait => {
-                    if event == Event::Interrupted && mover.interrupt.take() {
+                Action::Wait => match event {
+                    Event::Interrupted if mover.interrupt.take() => {
                         tracing::warn!("past the switchover: the move goes on");
                     }
-                }
+                    Event::Undrained => goes_on_undrained(&what),
+                    _ => {}
+                },
                 Action::AwaitReason => {
                     awaited.failure = Some(what);
                     deadline = deadline.min(Instant::now() + awaited.patience);
@@ -438,18 +440,16 @@ impl Tasks {
         result
     }
 
-    /// Why the drain has failed, if it has. That costs memory here, nothing else: the tasks stay until the release.
+    /// Why the drain has failed, if it has.
     pub(super) fn why_undrained(&self, result: Result<(), StoreError>) -> Option<String> {
         let error = result.err()?;
-        let why = match &self.dump {
+        Some(match &self.dump {
             // Often CRIU's end: then its log says why.
             Some(dump) if dump.has_ended(limits::EXIT_PATIENCE) => {
                 format!("criu ended while it was needed: {} ({error})", dump.complaint())
             }
             _ => error.to_string(),
-        };
-        tracing::warn!("{why}: pages stay in the stopped tasks until the destination has them");
-        Some(why)
+        })
     }
 
     /// Whether the tasks themselves have pages that are nowhere else here.
@@ -489,6 +489,11 @@ fn leave_word(mover: &Mover, tasks: Fenced<'_>, map: &LazyMap, dir: &Path) -> Op
     let left = Word::leave(mover.config.state.as_ref()?, mover.kept_session(dir), map, tasks);
     left.map_err(|error| tracing::error!("nobody can take over from this process if it is killed: {error}"))
         .ok()
+}
+
+/// Without a drain more memory is needed here, nothing else.
+pub(super) fn goes_on_undrained(why: &str) {
+    tracing::warn!("{why}: pages stay in the stopped tasks until the destination has them");
 }
 
 /// Ends CRIU's page server.

@@ -379,8 +379,9 @@ fn change(layout: &mut Layout, what: What, told: &mut Told) {
 /// it reports before itself.
 fn orders(changes: &[What]) -> impl Iterator<Item = Order> {
     let is_target = |unmap: &What, remap: &What| match (*unmap, *remap) {
+        // One that grows unmaps more than it moves.
         (What::Unmapped { start, end }, What::Remapped { to, pages, .. }) => {
-            (to, to.add(pages)) == (start, end)
+            to == start && to.add(pages) <= end
         }
         _ => false,
     };
