@@ -183,11 +183,18 @@ impl Description {
         write_whole(path, &serde_json::to_vec(self)?)
     }
 
-    /// Whether the pages are still where it says.
+    /// Whether the pages are still where it says. Tasks that CRIU has just let go of have to wake up before they stop.
     fn is_held(&self) -> bool {
-        match &self.pipes {
-            Some(pipes) => pipes.holder.is_there(),
-            None => self.stopped.stand_still(),
+        let deadline = Instant::now() + limits::STOP_PATIENCE;
+        loop {
+            let held = match &self.pipes {
+                Some(pipes) => pipes.holder.is_there(),
+                None => self.stopped.stand_still(),
+            };
+            if held || self.is_over() || Instant::now() > deadline {
+                return held;
+            }
+            std::thread::sleep(LOOK);
         }
     }
 

@@ -19,6 +19,9 @@ pub const PUSH_FRAME_PAGES: u64 = 64;
 pub const ALIGNED_STACK_TRIES: u32 = 8;
 /// How long a process that is perhaps being killed is watched, to tell its end from a failure of CRIU's.
 pub const EXIT_PATIENCE: Duration = Duration::from_millis(300);
+/// How long tasks with a stop pending are watched until they stand still, to tell them from those that somebody has continued: each
+/// needs a processor for a moment.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a dump may take until its page server is ready.
 pub const DUMP_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long an interrupted dump may go on: killed in the middle, CRIU would leave a task with code of CRIU's

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use host::waiting;
 use kernel::pidfd::PidFd;
@@ -91,6 +91,20 @@ fn value<'a>(status: &'a str, key: &str) -> Option<&'a str> {
 #[must_use]
 pub fn is_stopped(pid: u32) -> bool {
     Entry::of(pid).is_some_and(|entry| matches!(entry.state, 'T' | 't'))
+}
+
+/// Whether the process stands still, or will as soon as it has a processor: one that CRIU lets go of with a stop pending has to
+/// wake up for that, which takes a while on a busy host.
+#[must_use]
+pub fn stops(pid: u32) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !is_stopped(pid) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
 }
 
 /// Every process of this host, those that have ended included.
