@@ -185,16 +185,12 @@ impl Description {
 
     /// Whether the pages are still where it says. Tasks that CRIU has just let go of have to wake up before they stop.
     fn is_held(&self) -> bool {
-        let deadline = Instant::now() + limits::STOP_PATIENCE;
-        loop {
-            let held = match &self.pipes {
-                Some(pipes) => pipes.holder.is_there(),
-                None => self.stopped.stand_still(),
-            };
-            if held || self.is_over() || Instant::now() > deadline {
-                return held;
+        match &self.pipes {
+            Some(pipes) => pipes.holder.is_there(),
+            None => {
+                let settled = || self.stopped.stand_still() || self.is_over();
+                comes_true(limits::STOP_PATIENCE, settled) && !self.is_over()
             }
-            std::thread::sleep(LOOK);
         }
     }
 
@@ -341,6 +337,18 @@ fn remove(path: &Path) {
     for kind in [PAGES, COMMIT, LOCK] {
         let _ = fs::remove_file(path.with_extension(kind));
     }
+}
+
+/// Looks until `condition` holds, for what the kernel tells nobody about; false if it does not in time.
+fn comes_true(limit: Duration, condition: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+    true
 }
 
 /// A file that only one process has.
@@ -494,15 +502,11 @@ impl Stopped {
             Holder { pid, handle }.end();
         }
         let fence = self.fence();
-        let deadline = Instant::now() + limits::CRIU_CLOSE_TIMEOUT;
         // The stop that the fence has pending takes effect when nobody traces a task any more.
         let stopped =
             || tree.tasks.iter().all(|task| has_ended(task.pid) || matches!(state(task.pid), Ok('T')));
-        while !fence.is_frozen() && !stopped() {
-            if Instant::now() > deadline {
-                return Err(io::Error::other("the tasks do not stand still"));
-            }
-            std::thread::sleep(LOOK);
+        if !comes_true(limits::CRIU_CLOSE_TIMEOUT, || fence.is_frozen() || stopped()) {
+            return Err(io::Error::other("the tasks do not stand still"));
         }
         let network = NetworkLock::resumed(&tree, self.reusing.clone())?;
         Ok(Some(TakenTasks { tree, fence, network }))

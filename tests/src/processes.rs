@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use host::waiting;
 use kernel::pidfd::PidFd;
@@ -93,18 +93,15 @@ pub fn is_stopped(pid: u32) -> bool {
     Entry::of(pid).is_some_and(|entry| matches!(entry.state, 'T' | 't'))
 }
 
-/// Whether the process stands still, or will as soon as it has a processor: one that CRIU lets go of with a stop pending has to
-/// wake up for that, which takes a while on a busy host.
-#[must_use]
-pub fn stops(pid: u32) -> bool {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !is_stopped(pid) {
-        if Instant::now() > deadline {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    true
+/// The process stands still, or will as soon as it has a processor: one that CRIU lets go of with a stop pending has to wake up for
+/// that, which takes a while on a busy host.
+///
+/// # Panics
+/// If it does not.
+#[track_caller]
+pub fn assert_stops(pid: u32) {
+    let stops = || is_stopped(pid).then_some(());
+    crate::eventually_or_say("that it stands still", crate::STEP, stops, || format!("{:?}", Entry::of(pid)));
 }
 
 /// Every process of this host, those that have ended included.

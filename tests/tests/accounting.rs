@@ -78,7 +78,7 @@ fn the_frozen_original_keeps_everything_until_the_end() {
     let whole = processes::resident(stamp.pid());
     let under_way = plan("frozen").start(&site, stamp.pid());
     sample(&under_way, |_| {
-        assert!(processes::stops(stamp.pid()));
+        processes::assert_stops(stamp.pid());
         assert!(processes::resident(stamp.pid()) >= whole, "it lost memory: the pages are in nothing else");
     });
     release(&site, under_way, stamp);

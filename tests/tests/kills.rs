@@ -336,7 +336,7 @@ impl Case {
 
     /// Lets the tasks at the source run, as the source has told the operator to.
     fn continue_here(&self, source: &Side) {
-        assert!(self.tree().into_iter().all(processes::stops), "the source runs");
+        self.tree().into_iter().for_each(processes::assert_stops);
         let said = source.said();
         let (_, told) = said.split_once("source-server resume ").expect("what to do");
         let told: Vec<&str> = told.split(';').next().unwrap().split_whitespace().collect();
@@ -487,7 +487,7 @@ fn undrained(kill_source: bool) -> Option<()> {
         processes::kill_below(std::process::id());
         return None;
     }
-    assert!(processes::stops(stamp.pid()), "{:?}", Entry::of(stamp.pid()));
+    processes::assert_stops(stamp.pid());
     if kill_source {
         source.tool.signal(Signal::SIGKILL);
         source.tool.wait_closed(STEP);

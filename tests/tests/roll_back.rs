@@ -304,7 +304,7 @@ fn the_source_dies() {
         under_way.destination.wait(MOVE).assert(1, "rolled_back", &["lost the source"]);
         // Nobody is left to let it run: the fence holds when CRIU ends.
         trial.site.assert_only(&[trial.stamp.pid()]);
-        assert!(tests::processes::stops(trial.stamp.pid()));
+        tests::processes::assert_stops(trial.stamp.pid());
         tests::processes::signal(trial.stamp.pid(), Signal::SIGCONT);
         trial.stamp.assert_unharmed();
         for left in std::fs::read_dir(trial.site.work_dir()).unwrap() {

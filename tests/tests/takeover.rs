@@ -152,7 +152,7 @@ fn another_source_goes_on_with_the_pages() {
         let (mut under_way, state) = under_way(&site, plan, &mut stamp);
         match store {
             "pipes" => assert_ends(stamp.pid(), STEP),
-            _ => assert!(processes::stops(stamp.pid())),
+            _ => processes::assert_stops(stamp.pid()),
         }
         let again = Command::new(programs::program("source-server"))
             .args(["move", "--pid", &stamp.pid().to_string(), "--to", &under_way.destination.address])

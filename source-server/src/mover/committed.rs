@@ -188,8 +188,14 @@ impl Committed {
     fn drain_is_over(&mut self, result: Result<(), StoreError>) -> Option<Event> {
         self.drained = true;
         let why = self.tasks.as_ref().and_then(|tasks| tasks.why_undrained(result));
-        why.iter().for_each(|why| goes_on_undrained(why));
-        self.runs.then_some(if why.is_none() { Event::Drained } else { Event::Undrained })
+        let event = match why {
+            None => Event::Drained,
+            Some(why) => {
+                goes_on_undrained(&why);
+                Event::Undrained
+            }
+        };
+        self.runs.then_some(event)
     }
 
     /// Does what follows from `event`: whether everything is to be released, or the reason to hold it.
